@@ -1,0 +1,109 @@
+"""What the submitting side and the training side agree on: names, paths, exit codes. Constants only.
+
+The runner writes a run folder and starts `python -m opensloth.launch`; everything either side knows of the
+other is in this file and in the resolved config (`opensloth.run_config`).
+"""
+
+from enum import IntEnum
+from typing import Final
+
+# --- the root and what lies under it -------------------------------------------------------------
+
+ROOT_ENV: Final = "OSLO_ROOT"
+"""Environment variable that names the root folder. Unset: `~/.oslo`; in a pod `/shared`."""
+
+RUNS_DIR: Final = "runs"
+"""`<root>/runs/<run>/` holds one run; the folder alone tells what happened to it."""
+
+INPUTS_DIR: Final = "inputs"
+"""`<root>/inputs/<sha256>` holds a data file that came from a laptop."""
+
+# --- a run folder ---------------------------------------------------------------------------------
+
+CONFIG_FILE: Final = "config.yaml"
+"""The resolved config, as `opensloth.run_config.dump` writes it."""
+
+EVENTS_FILE: Final = "events.jsonl"
+"""One event a line, appended by rank 0 (and by the launcher before rank 0 exists)."""
+
+CHECKPOINTS_DIR: Final = "checkpoints"
+FINAL_DIR: Final = "final"
+"""The adapter or the model, the tokenizer and the template."""
+
+TENSORBOARD_DIR: Final = "tensorboard"
+REPORT_FILE: Final = "report.json"
+"""Written once, when the run has succeeded: final loss, steps, tokens, paths, versions."""
+
+ATTEMPTS_DIR: Final = "attempts"
+"""`attempts/<n>/`, n from 1: one start of the launcher each; made with an exclusive mkdir."""
+
+# --- an attempt's folder --------------------------------------------------------------------------
+
+STARTED_FILE: Final = "started.json"
+"""{"pid", "pid_started", "boot_id", "host", "time"}: enough to tell whether the launcher still lives."""
+
+ENDED_FILE: Final = "ended.json"
+"""{"cause", "exit_code", "message", "hint", "time"}. An attempt without one was killed."""
+
+STOP_FILE: Final = "stop.json"
+"""{"cause", "time"}: whoever writes it asks the ranks to agree on a step, save and leave."""
+
+LAUNCHER_LOG: Final = "launcher.log"
+RANK_LOG: Final = "rank-{rank}.log"
+RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
+"""{"cause", "message", "hint", "step"}: why this rank left, written by the rank itself."""
+
+# --- what the launcher gives to each rank through the environment --------------------------------
+
+RUN_DIR_ENV: Final = "OSLO_RUN_DIR"
+ATTEMPT_ENV: Final = "OSLO_ATTEMPT"
+
+# --- events ---------------------------------------------------------------------------------------
+
+EVENT_PREFIX: Final = "oslo.event "
+"""A log line of rank 0 that begins so carries a JSON object: an event."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the launcher. 1 to 127 are final, 128 and above are retried by the operator."""
+
+    SUCCEEDED = 0
+    ERROR = 1
+    CONFIG = 2
+    DATA = 3
+    NON_FINITE = 4
+    OUT_OF_MEMORY = 5
+    DEADLINE = 6
+    BUDGET = 7
+    INFRASTRUCTURE = 143
+
+
+class Cause:
+    """Why an attempt ended: the words in `ended.json`, in the ranks' outcomes and in `oslo status`."""
+
+    SUCCEEDED: Final = "succeeded"
+    ERROR: Final = "error"
+    CONFIG: Final = "config"
+    DATA: Final = "data"
+    NON_FINITE: Final = "non_finite"
+    OUT_OF_MEMORY: Final = "out_of_memory"
+    DEADLINE: Final = "deadline"
+    BUDGET: Final = "budget"
+    CANCELLED: Final = "cancelled"
+    TERMINATED: Final = "terminated"
+    KILLED: Final = "killed"
+
+
+EXIT_CODE_OF_CAUSE: Final = {
+    Cause.SUCCEEDED: ExitCode.SUCCEEDED,
+    Cause.ERROR: ExitCode.ERROR,
+    Cause.CONFIG: ExitCode.CONFIG,
+    Cause.DATA: ExitCode.DATA,
+    Cause.NON_FINITE: ExitCode.NON_FINITE,
+    Cause.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
+    Cause.DEADLINE: ExitCode.DEADLINE,
+    Cause.BUDGET: ExitCode.BUDGET,
+    Cause.CANCELLED: ExitCode.INFRASTRUCTURE,
+    Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
+    Cause.KILLED: ExitCode.INFRASTRUCTURE,
+}

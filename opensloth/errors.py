@@ -1,0 +1,81 @@
+"""The errors that a user may see from the training side.
+
+OpenSlothError            message + hint; `cause` is a word of contract.Cause
+├── ConfigError           one or more Problems in a config (final)
+├── DataError             rows, tokenizer or template do not fit (final)
+├── NonFiniteError        loss or gradient is not finite (final)
+├── OutOfMemoryError      the device or the host has too little memory (final)
+└── StopRequested         the ranks agreed to stop: cancelled, terminated, deadline
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opensloth.contract import Cause
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config.
+
+    path: dotted key, `training.learning_rate`; list items as `dataset[1].path`; "" for the whole file.
+    message: what was found and what is expected, one sentence.
+    hint: what to do next, or "".
+    where: `sft.yaml:12`, `--set training.x=1`, or "" when the config was built in Python.
+    """
+
+    path: str
+    message: str
+    hint: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        head = ": ".join(part for part in (self.where, self.path) if part)
+        text = f"{head}: {self.message}" if head else self.message
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class OpenSlothError(Exception):
+    """What went wrong in `message`, what to do next in `hint`."""
+
+    cause: str = Cause.ERROR
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class ConfigError(OpenSlothError):
+    """Holds every problem that was found, not only the first."""
+
+    cause = Cause.CONFIG
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class DataError(OpenSlothError):
+    cause = Cause.DATA
+
+
+class NonFiniteError(OpenSlothError):
+    cause = Cause.NON_FINITE
+
+
+class OutOfMemoryError(OpenSlothError):
+    cause = Cause.OUT_OF_MEMORY
+
+
+class StopRequested(OpenSlothError):
+    """Raised on every rank at the same step, after the checkpoint was written."""
+
+    def __init__(self, cause: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.cause = cause
