@@ -1,0 +1,82 @@
+"""Events: what a run says of itself while it runs, one JSON object a line.
+
+Each event goes to the run folder's events.jsonl and, behind `contract.EVENT_PREFIX`, to stdout, so that it
+can be read from a pod's log as well. Kinds and their fields (times in seconds since the epoch, durations in
+seconds, memory in bytes):
+
+    phase       phase: data | model | train | done
+    progress    phase, done, total (null: unknown), unit
+    note        level: info | warning, message
+    plan        rows, documents, tokens, target_tokens, rows_per_step, steps_per_epoch, total_steps, ...
+    resumed     step, checkpoint
+    step        step, total_steps, epoch, loss, learning_rate, grad_norm, target_tokens, tokens,
+                target_tokens_per_second, tokens_per_second, memory, eta
+    eval        step, loss, target_tokens, seconds
+    checkpoint  step, path, seconds
+    result      final, steps, loss, eval_loss, target_tokens, seconds
+    end         cause, exit_code, message, hint
+
+Every event also has `event` (its kind), `time`, `seq` (from 0, per writer), `rank` (-1: the launcher) and `attempt`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from opensloth.contract import EVENT_PREFIX
+
+LAUNCHER_RANK = -1
+
+
+class Events:
+    """Writes events as whole lines: one write call each, so that a reader meets at most one torn line."""
+
+    def __init__(self, path: Path, *, rank: int, attempt: int, echo: bool = True) -> None:
+        """path: events.jsonl. echo: also print each event on stdout."""
+        self._rank, self._attempt, self._echo, self._seq = rank, attempt, echo, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event; numbers that are not finite become null."""
+        record = {"event": event, "time": round(time.time(), 3), "seq": self._seq}
+        record |= {"rank": self._rank, "attempt": self._attempt}
+        record |= {key: _finite(value) for key, value in fields.items()}
+        self._seq += 1
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False)
+        os.write(self._descriptor, (line + "\n").encode())
+        if self._echo:
+            sys.stdout.write(f"{EVENT_PREFIX}{line}\n")
+            sys.stdout.flush()
+
+    def note(self, message: str, level: str = "info") -> None:
+        self.emit("note", level=level, message=message)
+
+    def warn(self, message: str) -> None:
+        self.note(message, level="warning")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class NullEvents(Events):
+    """Says nothing: for ranks above 0."""
+
+    def __init__(self) -> None:
+        """No file is opened."""
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Drop the event."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
