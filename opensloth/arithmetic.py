@@ -63,19 +63,28 @@ def batch_shape(training: TrainingArguments, world: int) -> BatchShape:
     unit = per_device * world
     if size % unit:
         near = sorted({max(1, size // unit) * unit, (size // unit + 1) * unit})
-        raise ConfigError([Problem(
-            "training.global_batch_size",
-            f"{size} rows cannot be spread over {world} process{'es' if world > 1 else ''} "
-            f"x {per_device} rows (per_device_train_batch_size)",
-            f"nearest sizes that can: {', '.join(map(str, near))}",
-        )])
+        raise ConfigError(
+            [
+                Problem(
+                    "training.global_batch_size",
+                    f"{size} rows cannot be spread over {world} process{'es' if world > 1 else ''} "
+                    f"x {per_device} rows (per_device_train_batch_size)",
+                    f"nearest sizes that can: {', '.join(map(str, near))}",
+                )
+            ]
+        )
     shape = BatchShape(per_device, size // unit, world)
     if training.wrote("gradient_accumulation_steps") and training.gradient_accumulation_steps != shape.accumulation:
-        raise ConfigError([Problem(
-            "training.gradient_accumulation_steps",
-            f"is {training.gradient_accumulation_steps}, but global_batch_size {size} needs {shape.accumulation}",
-            "give one of the two",
-        )])
+        raise ConfigError(
+            [
+                Problem(
+                    "training.gradient_accumulation_steps",
+                    f"is {training.gradient_accumulation_steps}, but global_batch_size {size} needs "
+                    f"{shape.accumulation}",
+                    "give one of the two",
+                )
+            ]
+        )
     return shape
 
 
@@ -89,11 +98,15 @@ def step_plan(training: TrainingArguments, rows: int, world: int, has_eval: bool
     whole, rest = divmod(rows, shape.rows_per_step)
     per_epoch = whole if training.dataloader_drop_last else whole + bool(rest)
     if per_epoch == 0:
-        raise ConfigError([Problem(
-            "training.dataloader_drop_last",
-            f"{rows} rows do not fill one step of {shape.rows_per_step} rows, and short steps are dropped",
-            "set it to false, or make the step smaller",
-        )])
+        raise ConfigError(
+            [
+                Problem(
+                    "training.dataloader_drop_last",
+                    f"{rows} rows do not fill one step of {shape.rows_per_step} rows, and short steps are dropped",
+                    "set it to false, or make the step smaller",
+                )
+            ]
+        )
     epochs_steps = math.ceil(training.num_train_epochs * per_epoch)
     total = training.max_steps if training.max_steps > 0 else max(1, epochs_steps)
     return StepPlan(

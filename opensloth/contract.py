@@ -48,10 +48,13 @@ ENDED_FILE: Final = "ended.json"
 STOP_FILE: Final = "stop.json"
 """{"cause", "time"}: whoever writes it asks the ranks to agree on a step, save and leave."""
 
+DATA_FILE: Final = "data.json"
+"""What `python -m opensloth.data build` answered: where the prepared dataset lies, and its counts."""
+
 LAUNCHER_LOG: Final = "launcher.log"
 RANK_LOG: Final = "rank-{rank}.log"
 RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
-"""{"cause", "message", "hint", "step"}: why this rank left, written by the rank itself."""
+"""{"cause", "message", "hint", "time"}: why this rank left, written by the rank itself."""
 
 # --- what the launcher gives to each rank through the environment --------------------------------
 
@@ -92,6 +95,7 @@ class Cause:
     CANCELLED: Final = "cancelled"
     TERMINATED: Final = "terminated"
     KILLED: Final = "killed"
+    PEER_LOST: Final = "peer_lost"
 
 
 EXIT_CODE_OF_CAUSE: Final = {
@@ -106,4 +110,5 @@ EXIT_CODE_OF_CAUSE: Final = {
     Cause.CANCELLED: ExitCode.INFRASTRUCTURE,
     Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
     Cause.KILLED: ExitCode.INFRASTRUCTURE,
+    Cause.PEER_LOST: ExitCode.INFRASTRUCTURE,
 }

@@ -23,7 +23,11 @@ class Section(BaseModel):
     """A section of the config: no unknown keys, strict types, assignment checked like construction."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", strict=True, validate_assignment=True, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        strict=True,
+        validate_assignment=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     def wrote(self, field: str) -> bool:
@@ -94,7 +98,9 @@ class LoraArgs(Section):
     @model_validator(mode="after")
     def _something_to_train(self) -> LoraArgs:
         if not self.selected_modules():
-            raise ValueError("finetune_attention_modules and finetune_mlp_modules leave no target_modules: switch one on")
+            raise ValueError(
+                "finetune_attention_modules and finetune_mlp_modules leave no target_modules: switch one on"
+            )
         return self
 
     def selected_modules(self) -> list[str]:
@@ -154,7 +160,9 @@ class OpenSlothConfig(Section):
     def _one_adapter(self) -> OpenSlothConfig:
         full = self.fast_model_args.full_finetuning
         if full and (self.lora_args or self.pretrained_lora):
-            raise ValueError("full_finetuning trains no adapter: drop lora_args and pretrained_lora, or full_finetuning")
+            raise ValueError(
+                "full_finetuning trains no adapter: drop lora_args and pretrained_lora, or full_finetuning"
+            )
         if self.lora_args and self.pretrained_lora:
             warnings.warn("pretrained_lora brings its own shape: lora_args is ignored", stacklevel=2)
             self.__dict__["lora_args"] = None

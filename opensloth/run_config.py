@@ -66,9 +66,7 @@ def check(values: Mapping[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         return None, problems_from(error, "", RunConfig)
 
 
-def check_section(
-    section: type[SectionT], values: object, path: str, problems: list[Problem]
-) -> SectionT | None:
+def check_section(section: type[SectionT], values: object, path: str, problems: list[Problem]) -> SectionT | None:
     """Build `section` from `values`; append what is wrong to `problems` and return None."""
     if values is None:
         values = {}
@@ -124,9 +122,7 @@ def from_python(opensloth_config: OpenSlothConfig, training_config: TrainingArgu
         "opensloth": opensloth_config.model_dump(exclude_unset=True),
         "training": training_config.model_dump(exclude_unset=True),
     }
-    return RunConfig(
-        name=name, opensloth=opensloth_config, training=training_config, explicit=explicit_paths(written)
-    )
+    return RunConfig(name=name, opensloth=opensloth_config, training=training_config, explicit=explicit_paths(written))
 
 
 def dump(config: RunConfig) -> str:
@@ -145,7 +141,8 @@ def load(text: str) -> RunConfig:
         raise ConfigError(problems_from(error, "", RunConfig)) from error
     for path, section in _sections(config):
         section.__pydantic_fields_set__ = {
-            field for field in type(section).model_fields
+            field
+            for field in type(section).model_fields
             if any(p == _join(path, field) or p.startswith(_join(path, field) + ".") for p in config.explicit)
         }
     return config

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 FIXED: Final[dict[str, tuple[Any, str]]] = {
-    "average_tokens_across_devices": (True, "the loss is always divided by the target tokens of the whole step"),
+    "average_tokens_across_devices": (
+        True,
+        "the loss is always divided by the target tokens of the whole step",
+    ),
     "logging_nan_inf_filter": (False, "a loss that is not finite stops the run; it is never hidden"),
     "logging_strategy": ("steps", "use logging_steps"),
     "logging_first_step": (True, "the first step is always logged"),
@@ -42,7 +45,10 @@ FIXED: Final[dict[str, tuple[Any, str]]] = {
     "eval_do_concat_batches": (True, "evaluation computes the loss only"),
     "eval_use_gather_object": (False, "evaluation computes the loss only"),
     "batch_eval_metrics": (False, "evaluation computes the loss only"),
-    "load_best_model_at_end": (False, "the final weights are the last step's; keep more checkpoints to choose among"),
+    "load_best_model_at_end": (
+        False,
+        "the final weights are the last step's; keep more checkpoints to choose among",
+    ),
     "do_predict": (False, "oslo trains and evaluates"),
     "enable_jit_checkpoint": (False, "every run checkpoints when it is asked to stop"),
     "ddp_find_unused_parameters": (False, "gradients are reduced in one flat buffer"),

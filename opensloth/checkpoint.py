@@ -1,0 +1,153 @@
+"""Checkpoints: complete or absent, verified before use.
+
+`checkpoints/step-00000020/` holds the weights as peft or transformers load them, the optimizer, the schedule,
+the random state of every rank, and manifest.json, written last, with the size and hash of every other file.
+The folder is filled under another name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensloth.dist import World, barrier
+from opensloth.files import read_json, sync_folder, sync_tree, write_json
+from opensloth.fingerprint import file_sha256
+
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.pt"
+RANDOM_STATE = "random-state-{rank}.pt"
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says of the run besides tensors.
+
+    plan: hash of the rows. rows_per_step: rows of a step over all ranks. world: ranks that wrote it.
+    """
+
+    step: int
+    plan: str
+    rows_per_step: int
+    world: int
+    targets_seen: int
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep: int | None, world: World) -> None:
+        """keep: how many of the newest stay; None: all."""
+        self._folder, self._keep, self._world = folder, keep, world
+
+    def save(self, state: CheckpointState, write_model: Callable[[Path], None], tensors: dict[str, Any] | None) -> Path:
+        """Write one checkpoint; every rank calls this, at the same step.
+
+        write_model: writes the weights into a folder. tensors: what torch.save keeps; None: model only.
+        """
+        final = self._folder / f"{PREFIX}{state.step:08d}"
+        aside = self._folder / f".{final.name}.tmp"
+        if self._world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier(self._world)
+        if tensors is not None:
+            torch.save(_random_state(self._world.device), aside / RANDOM_STATE.format(rank=self._world.rank))
+        barrier(self._world)
+        if self._world.is_main:
+            write_model(aside)
+            if tensors is not None:
+                torch.save(tensors, aside / OPTIMIZER)
+            self._publish(aside, final, state)
+            self._prune()
+        barrier(self._world)
+        return final
+
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole and resumable; `warn` hears of those that are not."""
+        for folder in self._all():
+            fault = fault_in(folder)
+            if fault is None:
+                return folder
+            warn(f"checkpoint {folder.name} is passed over: {fault}")
+        return None
+
+    def _all(self) -> list[Path]:
+        """Newest first."""
+        return sorted((p for p in self._folder.glob(f"{PREFIX}*") if p.is_dir()), reverse=True)
+
+    def _publish(self, aside: Path, final: Path, state: CheckpointState) -> None:
+        files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+        listed = {
+            str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+        }
+        sync_tree(aside)
+        write_json(aside / MANIFEST, {**vars(state), "files": listed})
+        if final.exists():  # an earlier attempt got as far and was set back
+            shutil.rmtree(final)
+        aside.rename(final)
+        sync_folder(final.parent)
+
+    def _prune(self) -> None:
+        if self._keep is not None:
+            for folder in self._all()[self._keep :]:
+                shutil.rmtree(folder)
+
+
+def fault_in(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None when it can."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return "its manifest is missing or torn"
+    if OPTIMIZER not in manifest["files"]:
+        return "it holds the model only (save_only_model)"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            return f"{name} is missing or cut short"
+        if file_sha256(path) != expected["sha256"]:
+            return f"{name} does not match its hash"
+    return None
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """What the manifest says; the checkpoint has been found whole."""
+    manifest = read_json(folder / MANIFEST)
+    return CheckpointState(**{key: value for key, value in manifest.items() if key != "files"})
+
+
+def read_tensors(folder: Path, world: World) -> dict[str, Any]:
+    """The tensors that `save` was given; the random state of this rank is put back as well.
+
+    When other ranks wrote the checkpoint, the random state is left as it is: there is none for each.
+    """
+    tensors: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    if read_state(folder).world == world.size:
+        _set_random_state(torch.load(folder / RANDOM_STATE.format(rank=world.rank), weights_only=True), world.device)
+    return tensors
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Delete what a killed process left half-written under a dotted name."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

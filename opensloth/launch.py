@@ -1,0 +1,294 @@
+"""Process 1 of a run: one attempt from its start to a classified exit code.
+
+`python -m opensloth.launch RUN_DIR` makes the next attempt's folder, builds the dataset (before any process
+group exists, so that no collective can time out over it), runs the ranks under torchrun, and says in
+ended.json what happened: torchrun itself answers 1 for everything.
+
+A request to stop is a file, stop.json. SIGTERM and SIGINT write it; they are not passed on, because torchrun
+kills its ranks 30 s after it gets one, while a checkpoint may take longer. The ranks see the file, agree on a
+step, save and leave; who has not left when the grace period ends is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensloth import contract, run_config
+from opensloth.contract import Cause
+from opensloth.errors import ConfigError
+from opensloth.events import LAUNCHER_RANK, Events
+from opensloth.files import create_json, read_json, write_json
+from opensloth.opensloth_config import OpenSlothConfig
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 120.0
+"""How long ranks may take to agree, save and leave once they were asked to."""
+GRACE_ENV = "OSLO_GRACE_SECONDS"
+PROGRESS_SECONDS = 1.0
+"""At most one progress event of data preparation in this time."""
+STOPPING = (Cause.CANCELLED, Cause.TERMINATED, Cause.DEADLINE)
+
+
+@dataclass(frozen=True)
+class Ending:
+    cause: str
+    message: str
+    hint: str = ""
+
+
+class Attempt:
+    """The folder of one attempt, made by this process alone."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.number, self.folder = _next_folder(run / contract.ATTEMPTS_DIR)
+        self.stop_file = self.folder / contract.STOP_FILE
+        write_json(self.folder / contract.STARTED_FILE, _identity())
+
+    def ask_to_stop(self, cause: str) -> None:
+        """The first to ask decides the cause."""
+        create_json(self.stop_file, {"cause": cause, "time": time.time()})
+
+    def stop_cause(self) -> str | None:
+        """Why the attempt was asked to stop, if it was."""
+        if not self.stop_file.exists():
+            return None
+        return str((read_json(self.stop_file) or {}).get("cause", Cause.TERMINATED))
+
+    def end(self, ending: Ending, events: Events) -> int:
+        """Write down how it ended; returns the exit code."""
+        code = int(contract.EXIT_CODE_OF_CAUSE[ending.cause])
+        record = {"cause": ending.cause, "exit_code": code, "message": ending.message, "hint": ending.hint}
+        write_json(self.folder / contract.ENDED_FILE, record | {"time": time.time()})
+        events.emit("end", **record)
+        return code
+
+
+def launch(run: Path) -> int:
+    """Run one attempt of the run in folder `run`; returns the exit code (contract.ExitCode)."""
+    attempt = Attempt(run)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: attempt.ask_to_stop(Cause.TERMINATED))
+    events = Events(run / contract.EVENTS_FILE, rank=LAUNCHER_RANK, attempt=attempt.number)
+    try:
+        config = run_config.load((run / contract.CONFIG_FILE).read_text())
+    except ConfigError as error:
+        return attempt.end(Ending(error.cause, error.message), events)
+    events.emit("phase", phase="data")
+    ending = _build_data(attempt, events)
+    if ending is None:
+        ending = _run_ranks(attempt, config.opensloth)
+    events.emit("phase", phase="done")
+    return attempt.end(ending, events)
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+def _build_data(attempt: Attempt, events: Events) -> Ending | None:
+    """Prepare the dataset in a child; None when it is there, else how the attempt ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "opensloth.data",
+        "build",
+        "--config",
+        str(attempt.run / contract.CONFIG_FILE),
+    ]
+    with (attempt.folder / contract.LAUNCHER_LOG).open("ab") as log:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+    assert child.stdout is not None
+    os.set_blocking(child.stdout.fileno(), False)
+    answer = _Answer(events)
+    stopped = False
+    while child.poll() is None:
+        answer.feed(child.stdout.read() or b"")
+        if attempt.stop_cause() and not stopped:
+            stopped = True
+            os.killpg(child.pid, signal.SIGKILL)  # the cache is built aside: nothing half-done is left in place
+        time.sleep(POLL_SECONDS)
+    answer.feed(child.stdout.read() or b"")
+    cause = attempt.stop_cause()
+    if cause:
+        return Ending(cause, f"{cause} while the dataset was prepared")
+    if answer.result is not None and child.returncode == 0:
+        write_json(attempt.folder / contract.DATA_FILE, answer.result)
+        return None
+    if answer.error is not None:
+        return Ending(answer.error["cause"], answer.error["message"], answer.error.get("hint", ""))
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        return Ending(Cause.KILLED, f"data preparation was killed ({name})", _memory_hint(name))
+    log_path = attempt.folder / contract.LAUNCHER_LOG
+    return Ending(Cause.ERROR, f"data preparation failed with exit code {child.returncode}", f"see {log_path}")
+
+
+class _Answer:
+    """Reads the JSON lines of `python -m opensloth.data build`."""
+
+    def __init__(self, events: Events) -> None:
+        self.result: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self._events, self._torn, self._progress_at = events, b"", 0.0
+
+    def feed(self, data: bytes) -> None:
+        *lines, self._torn = (self._torn + data).split(b"\n")
+        for line in lines:
+            record = json.loads(line)
+            kind = record.pop("event")
+            if kind == "result":
+                self.result = record
+            elif kind == "error":
+                self.error = record
+            elif kind == "progress":
+                self._progress(record)
+            else:
+                self._events.emit(kind, **record)
+
+    def _progress(self, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._progress_at >= PROGRESS_SECONDS or record.get("done") == record.get("total"):
+            self._progress_at = now
+            self._events.emit("progress", **record)
+
+
+# --- ranks ------------------------------------------------------------------------------------------
+
+
+def _run_ranks(attempt: Attempt, config: OpenSlothConfig) -> Ending:
+    ranks = len(config.devices)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)),
+        *("-m", "opensloth.train"),
+    ]
+    log_path = attempt.folder / contract.LAUNCHER_LOG
+    with log_path.open("ab") as log:
+        begin = log.tell()
+        child = subprocess.Popen(
+            command, stdout=log, stderr=log, env=_environment(attempt, config), start_new_session=True
+        )
+    _wait(child, attempt)
+    torchrun_says = log_path.read_bytes()[begin:].decode(errors="replace")
+    return _classify(child.returncode, ranks, attempt, torchrun_says)
+
+
+def _environment(attempt: Attempt, config: OpenSlothConfig) -> dict[str, str]:
+    env = dict(os.environ)
+    env[contract.RUN_DIR_ENV] = str(attempt.run)
+    env[contract.ATTEMPT_ENV] = str(attempt.number)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(config.devices))))
+    env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    chosen = [visible[device] for device in config.devices if device < len(visible)] if visible else config.devices
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+    return env
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _wait(child: subprocess.Popen[bytes], attempt: Attempt) -> None:
+    """Until torchrun has left; after a request to stop at most for the grace period."""
+    grace = float(os.environ.get(GRACE_ENV, GRACE_SECONDS))
+    asked_at: float | None = None
+    while child.poll() is None:
+        if asked_at is None and attempt.stop_cause():
+            asked_at = time.monotonic()
+        if asked_at is not None and time.monotonic() - asked_at > grace:
+            os.killpg(child.pid, signal.SIGKILL)
+            _kill_strays(attempt)
+            child.wait()
+        time.sleep(POLL_SECONDS)
+
+
+def _kill_strays(attempt: Attempt) -> None:
+    """torchrun starts each rank in a session of its own; those of this attempt know its folder."""
+    mine = f"{contract.RUN_DIR_ENV}={attempt.run}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(process.name) != os.getpid() and mine in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except (OSError, ProcessLookupError):
+            continue  # it left, or is another user's
+
+
+def _classify(code: int, ranks: int, attempt: Attempt, torchrun_says: str) -> Ending:
+    """The first cause, from what the ranks wrote: victims of another rank's end come last."""
+    if code == 0:
+        return Ending(Cause.SUCCEEDED, "")
+    outcomes = {rank: read_json(attempt.folder / contract.RANK_OUTCOME.format(rank=rank)) for rank in range(ranks)}
+    written = sorted((o for o in outcomes.values() if o), key=lambda outcome: outcome["time"])
+    own_fault = [o for o in written if o["cause"] not in (*STOPPING, Cause.PEER_LOST, Cause.SUCCEEDED)]
+    if own_fault:
+        return Ending(own_fault[0]["cause"], own_fault[0]["message"], own_fault[0]["hint"])
+    stopped = [o for o in written if o["cause"] in STOPPING]
+    if stopped:
+        return Ending(stopped[0]["cause"], stopped[0]["message"], stopped[0]["hint"])
+    cause = attempt.stop_cause()
+    if cause:
+        return Ending(cause, f"{cause}; the ranks had to be killed, the last checkpoint stands")
+    silent = [rank for rank, outcome in outcomes.items() if outcome is None]
+    names = re.findall(r"Signal \d+ \((SIG\w+)\)", torchrun_says)
+    name = names[0] if names else "no signal known"
+    who = f"rank {silent[0]}" if silent else "torchrun"
+    return Ending(Cause.KILLED, f"{who} was killed ({name})", _memory_hint(name))
+
+
+def _memory_hint(signal_name: str) -> str:
+    if signal_name == "SIGKILL":
+        return "if nobody killed it, the machine ran out of memory: see `dmesg`, and try a smaller batch or model"
+    return ""
+
+
+# --- who is running ---------------------------------------------------------------------------------
+
+
+def _next_folder(attempts: Path) -> tuple[int, Path]:
+    """Make attempts/<n> for the first n that nobody has."""
+    attempts.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name) for path in attempts.iterdir() if path.name.isdigit()), default=0)
+    while True:
+        folder = attempts / str(number)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number, folder
+
+
+def _identity() -> dict[str, Any]:
+    """What tells this process from a later one with the same number."""
+    stat, boot = Path("/proc/self/stat"), Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "pid": os.getpid(),
+        # field 22, counted after the command, which may hold spaces
+        "pid_started": int(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else None,
+        "boot_id": boot.read_text().strip() if boot.exists() else None,
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m opensloth.launch", description="Run one attempt of a run.")
+    parser.add_argument("run_dir", type=Path, help="the run folder, with its config.yaml")
+    return launch(parser.parse_args().run_dir.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

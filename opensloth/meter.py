@@ -1,0 +1,71 @@
+"""What a stretch of steps achieved: loss, speed, memory, time left."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from opensloth.step import StepTotals
+
+RU_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Reading:
+    """loss: nats a target, over the stretch. grad_norm: of its last step. eta: seconds. memory: peak bytes."""
+
+    loss: float
+    grad_norm: float
+    target_tokens: int
+    tokens: int
+    target_tokens_per_second: float
+    tokens_per_second: float
+    memory: int
+    eta: float
+
+
+class Meter:
+    """Sums up steps between two readings; evaluation and checkpoints count as time, as they do for a person."""
+
+    def __init__(self, device: torch.device, total_steps: int) -> None:
+        self._device, self._total_steps = device, total_steps
+        self._since = time.monotonic()
+        self._steps: list[StepTotals] = []
+        self._seconds_per_step: float | None = None
+
+    def add(self, totals: StepTotals) -> None:
+        self._steps.append(totals)
+
+    def read(self, done: int) -> Reading:
+        """The stretch since the last reading, at least one step. done: steps of the run so far."""
+        now = time.monotonic()
+        seconds, self._since = max(1e-9, now - self._since), now
+        steps, self._steps = self._steps, []
+        targets, tokens = sum(s.targets for s in steps), sum(s.tokens for s in steps)
+        return Reading(
+            loss=sum(s.loss_sum for s in steps) / max(1, targets),
+            grad_norm=steps[-1].grad_norm,
+            target_tokens=targets,
+            tokens=tokens,
+            target_tokens_per_second=round(targets / seconds, 1),
+            tokens_per_second=round(tokens / seconds, 1),
+            memory=peak_memory_bytes(self._device),
+            eta=round(self._pace(seconds / len(steps)) * (self._total_steps - done), 1),
+        )
+
+    def _pace(self, seconds_per_step: float) -> float:
+        """Seconds a step, smoothed: the first steps are slow and should be forgotten."""
+        before = self._seconds_per_step
+        self._seconds_per_step = seconds_per_step if before is None else 0.8 * before + 0.2 * seconds_per_step
+        return self._seconds_per_step
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocator; on the CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RU_MAXRSS_BYTES

@@ -1,0 +1,242 @@
+"""The model: loaded, given an adapter, and saved so that plain transformers and peft load it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from opensloth import attention
+from opensloth.errors import ConfigError, DataError, Problem
+from opensloth.files import write_json
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
+
+ATTENDING_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+"""Layer kinds that `opensloth.attention` isolates; any other kind mixes tokens in ways it does not see."""
+
+
+def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> nn.Module:
+    """The base model on `device`, with its adapter unless every weight is trained.
+
+    bf16: with an adapter the frozen weights are kept in bfloat16; adapters and fully trained weights are float32.
+    Raises ConfigError when the model cannot be found or loaded.
+    """
+    args = config.fast_model_args
+    dtype = torch.bfloat16 if bf16 and not args.full_finetuning else torch.float32
+    with _explained(args):
+        base = AutoModelForCausalLM.from_pretrained(
+            args.model_name,
+            revision=args.revision or "main",
+            dtype=dtype,
+            attn_implementation="sdpa",
+            quantization_config=_quantisation(args, dtype),
+            device_map={"": device},
+            trust_remote_code=False,
+        )
+    base.config.use_cache = False
+    model = attach_adapter(base, config)
+    if args.use_gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def attach_adapter(base: PreTrainedModel, config: OpenSlothConfig) -> nn.Module:
+    """Wrap `base` in the adapter that the config asks for; without one, `base` itself, all of it trainable."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if config.pretrained_lora:
+        return PeftModel.from_pretrained(base, config.pretrained_lora, is_trainable=True)
+    if config.lora_args is None:
+        return base.requires_grad_(True)
+    lora = config.lora_args
+    _check_targets(base, lora)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(lora.random_state)
+        return get_peft_model(
+            base,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                bias=lora.bias,
+                target_modules=lora.selected_modules(),
+                use_rslora=lora.use_rslora,
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+            ),
+        )
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def isolate_documents(model: nn.Module) -> str | None:
+    """Switch the model to attention that packed documents cannot see through.
+
+    Returns None, or why this architecture cannot be packed; the model is then left as it was.
+    """
+    base = base_of(model)
+    reason = _obstacle(base)
+    if reason:
+        return reason
+    before = base.config._attn_implementation
+    attention.register()
+    base.set_attn_implementation(attention.NAME)
+    reason = _leak(model)
+    if reason:
+        base.set_attn_implementation(before)
+    return reason
+
+
+def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the adapter, or the whole model, into `folder` as peft and transformers read it.
+
+    dtype: what fully trained weights are rounded to; None: as they are. Adapters are never rounded.
+    """
+    base = base_of(model)
+    if base is not model:
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        return
+    if dtype is None:
+        base.save_pretrained(folder)
+        return
+    base.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in base.state_dict().items()})
+    config_file = folder / "config.json"  # transformers writes the dtype in which the weights were trained
+    write_json(config_file, json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put back the weights that `save_model` wrote without rounding."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    base = base_of(model)
+    if base is not model:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    base.load_state_dict(state, strict=False)  # tied weights are stored once
+    base.tie_weights()
+
+
+def published_dtype(args: FastModelArgs) -> torch.dtype | None:
+    """The dtype that the base model was published in; None when its config does not say."""
+    with _explained(args):
+        config = AutoConfig.from_pretrained(args.model_name, revision=args.revision or "main")
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def check_fits(model: nn.Module, tokenizer: Any) -> None:
+    """Raise DataError when the tokenizer makes ids that the model has no embedding for."""
+    embeddings = base_of(model).get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise DataError(
+            f"the tokenizer has {len(tokenizer)} ids, the model embeddings for {embeddings}",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _quantisation(args: FastModelArgs, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if args.load_in_8bit else None
+
+
+def _check_targets(base: nn.Module, lora: LoraArgs) -> None:
+    present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    missing = [name for name in lora.selected_modules() if name not in present]
+    if missing:
+        linear = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+        raise ConfigError(
+            [
+                Problem(
+                    "opensloth.lora_args.target_modules",
+                    f"the model has no module named {', '.join(missing)}",
+                    f"its linear layers are {', '.join(sorted(linear))}",
+                )
+            ]
+        )
+
+
+def _obstacle(base: PreTrainedModel) -> str | None:
+    kind = base.config.model_type
+    leaking = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - ATTENDING_LAYERS
+    if getattr(base, "_is_stateful", False) or leaking:
+        named = f" ({', '.join(sorted(leaking))})" if leaking else ""
+        return f"{kind} has layers{named} whose state runs on from one document into the next"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{kind} has an attention that cannot be replaced by one that respects documents"
+    return None
+
+
+@torch.no_grad()
+def _leak(model: nn.Module) -> str | None:
+    """Look whether a document changes when the one before it does, on a packed row of two."""
+    base = base_of(model)
+    device = base.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.get_input_embeddings().num_embeddings
+    first, other, second = (torch.randint(vocabulary, (n,), generator=generator) for n in (9, 9, 13))
+    training, _ = model.training, model.eval()
+    try:
+        in_company, beside_other = (
+            model(**_packed_pair(document, second, device), use_cache=False).logits[0, -len(second) :]
+            for document in (first, other)
+        )
+    except NotImplementedError as error:
+        return str(error)
+    finally:
+        model.train(training)
+    if not torch.equal(in_company, beside_other):
+        return f"in {base.config.model_type}, changing one packed document changed the outputs of another"
+    return None
+
+
+def _packed_pair(first: torch.Tensor, second: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    lengths = (len(first), len(second))
+    offsets = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+    return {
+        "input_ids": torch.cat((first, second))[None].to(device),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
+        "document_offsets": offsets,
+        "longest_document": max(lengths),
+    }
+
+
+@contextlib.contextmanager
+def _explained(args: FastModelArgs) -> Iterator[None]:
+    """Turn transformers' errors about a model that cannot be had into a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            [
+                Problem(
+                    "opensloth.fast_model_args.model_name",
+                    f"{args.model_name!r} cannot be loaded: {first_line}",
+                    "give a folder that holds config.json and the weights, or a name on the hub",
+                )
+            ]
+        ) from error

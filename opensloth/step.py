@@ -1,0 +1,95 @@
+"""One optimizer step: sum of the targets' losses over all micro-batches and ranks, divided by their number."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensloth.data.batch import Batch
+from opensloth.dist import World, sum_gradients, sum_over_ranks
+from opensloth.model import base_of
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all ranks of one step.
+
+    loss_sum: negative log-likelihood of all targets, nats. targets, tokens: counts. grad_norm: L2 norm of
+    the whole gradient before clipping.
+    """
+
+    loss_sum: float
+    targets: int
+    tokens: int
+    grad_norm: float
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a target, nats."""
+        return self.loss_sum / max(1, self.targets)
+
+
+class Objective:
+    """The supervised loss of a model on a batch."""
+
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None) -> None:
+        """autocast: compute in this dtype; None: in the weights' own."""
+        self._model = model
+        self._autocast = autocast
+        self._selects = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the targets' negative log-likelihoods: float32 scalar, nats.
+
+        Only the positions that predict a target go through the model's head.
+        """
+        device = batch.targets.device
+        computing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._autocast is not None:
+            computing = torch.autocast(device.type, dtype=self._autocast)
+        columns = batch.predictors
+        length = batch.inputs["input_ids"].shape[1]
+        kept: dict[str, Any] = {}
+        if self._selects:
+            kept_columns, place = torch.unique(columns % length, return_inverse=True)
+            kept, columns = {"logits_to_keep": kept_columns}, (columns // length) * len(kept_columns) + place
+        with computing:
+            logits = self._model(**batch.inputs, use_cache=False, **kept).logits
+        chosen = logits.flatten(0, 1)[columns]
+        return F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
+
+
+def accumulate_gradients(
+    objective: Objective, batches: Sequence[Batch], parameters: Sequence[nn.Parameter], world: World
+) -> tuple[float, int, int]:
+    """Leave in .grad the gradient of (sum of losses) / (number of targets), both over the whole step.
+
+    batches: this rank's micro-batches; none is fine, and so is one without targets.
+    Returns loss sum, targets and tokens of the whole step.
+    """
+    mine = [
+        float(sum(len(batch.targets) for batch in batches)),
+        float(sum(batch.tokens for batch in batches)),
+    ]
+    targets, tokens = sum_over_ranks(mine, world)
+    loss_sum = 0.0
+    for batch in batches:
+        if len(batch.targets):
+            loss = objective.loss_sum(batch.to(world.device))
+            (loss / targets).backward()
+            loss_sum += loss.item()
+    sum_gradients(parameters, world)
+    return sum_over_ranks([loss_sum], world)[0], int(targets), int(tokens)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradient down to `max_norm` (0: leave it) and return its L2 norm before that."""
+    bound = max_norm if max_norm > 0 else float("inf")
+    return float(torch.nn.utils.clip_grad_norm_(parameters, bound))

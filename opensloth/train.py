@@ -1,0 +1,200 @@
+"""Runs a training: from Python with two config objects, or as a rank of a run under torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import transformers
+
+from opensloth import __version__, contract, hardware, run_config
+from opensloth.checkpoint import remove_leftovers
+from opensloth.contract import Cause
+from opensloth.data.build import build
+from opensloth.data.prepared import PreparedDataset, open_parts
+from opensloth.dist import World, barrier, join_world, leave_world
+from opensloth.errors import OpenSlothError
+from opensloth.events import Events, NullEvents
+from opensloth.files import read_json, sync_tree, write_json
+from opensloth.model import load_model, published_dtype
+from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
+from opensloth.reporting import check_reporters
+from opensloth.run_config import RunConfig
+from opensloth.tokenizer import load_tokenizer
+from opensloth.trainer import Place, SftTrainer, TrainResult
+from opensloth.trainer_factory import NAME, assemble, place_in, python_events
+
+
+def train(opensloth_config: OpenSlothConfig, training_config: TrainingArguments) -> TrainResult:
+    """Fine-tune on the prepared dataset at `opensloth_config.data_cache_path`, in this process.
+
+    Checkpoints, events and the final adapter (or model) with its tokenizer go to `training_config.output_dir`.
+    Raises ConfigError, DataError, NonFiniteError (`opensloth.errors`).
+    """
+    config = run_config.from_python(opensloth_config, training_config, NAME)
+    config, warnings = hardware.bring_in_line(config, hardware.detect(training_config))
+    world = join_world(cuda=_on_cuda(training_config), timeout_seconds=training_config.ddp_timeout)
+    place = place_in(Path(training_config.output_dir or "."))
+    events = python_events(place, world)
+    built = build(config, lambda record: events.emit(**record) if record["event"] == "note" else None)
+    trainer = _trainer(config, open_parts(built.path, config), warnings, world=world, place=place, events=events)
+    result = trainer.train(config.training.resume_from_checkpoint)
+    trainer.save_model(dtype=_saved_dtype(config))
+    barrier(world)
+    return result
+
+
+def run_rank(run: Path, attempt: int) -> None:
+    """One rank of attempt `attempt` of the run in folder `run`."""
+    config = run_config.load((run / contract.CONFIG_FILE).read_text())
+    training = config.training
+    world = join_world(cuda=_on_cuda(training), timeout_seconds=training.ddp_timeout)
+    events = Events(run / contract.EVENTS_FILE, rank=0, attempt=attempt) if world.is_main else NullEvents()
+    config, warnings = hardware.bring_in_line(config, hardware.detect(training))
+    folder = run / contract.ATTEMPTS_DIR / str(attempt)
+    place = Place(
+        checkpoints=run / contract.CHECKPOINTS_DIR,
+        final=run / contract.FINAL_DIR,
+        tensorboard=run / contract.TENSORBOARD_DIR,
+        stop=folder / contract.STOP_FILE,
+    )
+    if world.is_main:
+        remove_leftovers((run, place.checkpoints))
+    data = read_json(folder / contract.DATA_FILE)
+    parts = open_parts(Path(data["path"]), config)
+    trainer = _trainer(config, parts, warnings, world=world, place=place, events=events)
+    events.emit("phase", phase="train")
+    wanted = training.resume_from_checkpoint
+    result = trainer.train(True if wanted is None else wanted)
+    if world.is_main:
+        _publish(trainer, config, run, result)
+        events.emit("result", final=str(place.final), **_report(result))
+    barrier(world)
+
+
+def _trainer(
+    config: RunConfig,
+    parts: tuple[PreparedDataset, PreparedDataset | None],
+    warnings: list[str],
+    *,
+    world: World,
+    place: Place,
+    events: Events,
+) -> SftTrainer:
+    check_reporters(config.training)
+    for warning in warnings:
+        events.warn(warning)
+    if config.training.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
+    events.emit("phase", phase="model")
+    tokenizer = load_tokenizer(config.opensloth.fast_model_args, chat_template=_chat_template(config))
+    model = load_model(config.opensloth, world.device, bf16=bool(config.training.bf16))
+    return assemble(model, tokenizer, parts, config, world=world, place=place, events=events)
+
+
+def _chat_template(config: RunConfig) -> str | None:
+    """The template that the first dataset was rendered with: what is saved beside the adapter."""
+    return config.dataset[0].chat_template if config.dataset else None
+
+
+def _on_cuda(training: TrainingArguments) -> bool:
+    return not training.use_cpu and torch.cuda.is_available()
+
+
+def _saved_dtype(config: RunConfig) -> torch.dtype | None:
+    model = config.opensloth.fast_model_args
+    return published_dtype(model) if model.full_finetuning else None
+
+
+def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainResult) -> None:
+    """Put the result in place whole, then the report that says so; copy it to output_dir if that is given."""
+    final, aside = run / contract.FINAL_DIR, run / f".{contract.FINAL_DIR}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    trainer.save_model(aside, _saved_dtype(config))
+    sync_tree(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    if config.training.output_dir:
+        shutil.copytree(final, config.training.output_dir, dirs_exist_ok=True)
+    versions = {
+        "opensloth": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    report = {"final": str(final), "output_dir": config.training.output_dir, "versions": versions}
+    write_json(run / contract.REPORT_FILE, report | _report(result))
+
+
+def _report(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "loss": result.loss,
+        "eval_loss": result.eval_loss,
+        "target_tokens": result.target_tokens,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _cause_of(error: BaseException) -> tuple[str, str, str]:
+    """(cause, message, hint) of whatever ended this rank."""
+    if isinstance(error, OpenSlothError):
+        return error.cause, error.message, error.hint
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        hint = (
+            "try a smaller training.per_device_train_batch_size or max_seq_length, "
+            "or opensloth.fast_model_args.use_gradient_checkpointing: true"
+        )
+        return (
+            Cause.OUT_OF_MEMORY,
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
+            hint,
+        )
+    text = f"{type(error).__name__}: {error}"
+    lost = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+    if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in lost):
+        return Cause.PEER_LOST, f"another rank went away ({text.splitlines()[0]})", ""
+    return Cause.ERROR, text.splitlines()[0], "the whole traceback is in the rank's log"
+
+
+def _redirect_output(log: Path) -> None:
+    """Send this process's stdout and stderr to its log, at the level of descriptors: a crash leaves its words."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def main() -> int:
+    """A rank under torchrun, told by the launcher through the environment where its run lies."""
+    run, attempt = Path(os.environ[contract.RUN_DIR_ENV]), int(os.environ[contract.ATTEMPT_ENV])
+    rank = int(os.environ["RANK"])
+    folder = run / contract.ATTEMPTS_DIR / str(attempt)
+    _redirect_output(folder / contract.RANK_LOG.format(rank=rank))
+    cause, message, hint = Cause.SUCCEEDED, "", ""
+    try:
+        run_rank(run, attempt)
+    except Exception as error:  # the boundary: everything is classified, nothing is swallowed
+        cause, message, hint = _cause_of(error)
+        if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY):
+            traceback.print_exc()
+        else:
+            print(error, file=sys.stderr)  # noqa: T201
+    outcome = {"cause": cause, "message": message, "hint": hint, "time": time.time()}
+    write_json(folder / contract.RANK_OUTCOME.format(rank=rank), outcome)
+    if cause == Cause.SUCCEEDED:
+        leave_world()
+    return int(contract.EXIT_CODE_OF_CAUSE[cause])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

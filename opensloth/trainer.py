@@ -1,0 +1,329 @@
+"""The one training loop: supervised steps, logs, evaluation, checkpoints, agreed stops."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainerState, get_scheduler
+
+from opensloth import arithmetic, checkpoint
+from opensloth.contract import Cause
+from opensloth.data.order import RowOrder
+from opensloth.data.training_data import Rows
+from opensloth.dist import World, broadcast_parameters, sum_over_ranks
+from opensloth.errors import DataError, NonFiniteError, StopRequested
+from opensloth.events import Events
+from opensloth.files import read_json
+from opensloth.meter import Meter
+from opensloth.model import load_weights, save_model, trainable_parameters
+from opensloth.optimizer import make_optimizer
+from opensloth.reporting import Reporting, transformers_arguments
+from opensloth.run_config import RunConfig
+from opensloth.step import Objective, StepTotals, accumulate_gradients, clip_gradients
+
+TRAINER_STATE = "trainer_state.json"
+STOP_CAUSES = (Cause.CANCELLED, Cause.TERMINATED, Cause.DEADLINE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps its files. stop: asks the ranks to leave when it appears; None: nobody asks."""
+
+    checkpoints: Path
+    final: Path
+    tensorboard: Path
+    stop: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """steps: optimizer steps done. loss, eval_loss: nats a target, the last that were measured."""
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    target_tokens: int
+    seconds: float
+
+
+class SftTrainer:
+    """Supervised fine-tuning of one model on prepared rows.
+
+    Public, as transformers' Trainer has them: `model`, `state`, `train()`, `evaluate()`, `save_model()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        train_rows: Rows,
+        eval_rows: Rows | None,
+        config: RunConfig,
+        *,
+        world: World,
+        place: Place,
+        events: Events,
+    ) -> None:
+        """config: brought in line with this machine (`opensloth.hardware`)."""
+        self.model, self.tokenizer = model, tokenizer
+        self._train_rows, self._eval_rows = train_rows, eval_rows
+        self._config, self._training = config, config.training
+        self._world, self._place, self._events = world, place, events
+        self.plan = arithmetic.step_plan(config.training, len(train_rows), world.size, has_eval=eval_rows is not None)
+        self._order = RowOrder(
+            rows=len(train_rows),
+            shape=self.plan.shape,
+            seed=self._training.seed if self._training.data_seed is None else self._training.data_seed,
+            shuffle=self._training.train_sampling_strategy == "random",
+            drop_last=self._training.dataloader_drop_last,
+        )
+        self._parameters = trainable_parameters(model)
+        broadcast_parameters(self._parameters, world)
+        self._objective = Objective(model, autocast=torch.bfloat16 if self._training.bf16 else None)
+        arguments = transformers_arguments(self._training, place.final, config.name)
+        self._optimizer = make_optimizer(self._parameters, arguments)
+        self._scheduler = get_scheduler(
+            self._training.lr_scheduler_type,
+            self._optimizer,
+            num_warmup_steps=self.plan.warmup_steps,
+            num_training_steps=self.plan.total_steps,
+            scheduler_specific_kwargs=self._training.lr_scheduler_kwargs,
+        )
+        self.state = TrainerState(
+            max_steps=self.plan.total_steps,
+            num_train_epochs=math.ceil(self._training.num_train_epochs),
+            is_local_process_zero=world.local_rank == 0,
+            is_world_process_zero=world.is_main,
+        )
+        self._reporting = Reporting(arguments, self.state, model, place.tensorboard)
+        self._checkpoints = checkpoint.Checkpoints(place.checkpoints, keep=self._training.save_total_limit, world=world)
+        self._targets_seen = 0
+        self._loss: float | None = None
+        self._eval_loss: float | None = None
+        self._asked_to_stop: str | None = None
+
+    # --- what users call ---------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainResult:
+        """Train to the end of the plan.
+
+        resume_from_checkpoint: a folder; True: the newest of this run, if there is one; None or False: from the start.
+        Raises NonFiniteError, and StopRequested after a checkpoint when somebody asked to stop.
+        """
+        started = time.monotonic()
+        torch.manual_seed(self._training.seed + self._world.rank)
+        first = self._resume(resume_from_checkpoint)
+        self._reporting.begin()
+        self.model.train()
+        meter = Meter(self._world.device, self.plan.total_steps)
+        if self._training.eval_on_start and first == 0:
+            self.evaluate()
+        with self._heeding_signals():
+            for step in range(first, self.plan.total_steps):
+                self._leave_if_asked(step, first)
+                meter.add(self._step(step))
+                self._after_step(step + 1, meter)
+        self._reporting.end()
+        return TrainResult(
+            self.plan.total_steps, self._loss, self._eval_loss, self._targets_seen, time.monotonic() - started
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss over all targets of the evaluation split: {"eval_loss": nats, "eval_targets": count}.
+
+        Raises DataError when there is no such split.
+        """
+        if self._eval_rows is None:
+            raise DataError("there is no evaluation split", "set dataset.eval_fraction or dataset.eval_path")
+        started = time.monotonic()
+        size = self._training.per_device_eval_batch_size or self._training.per_device_train_batch_size
+        mine = np.arange(self._world.rank, len(self._eval_rows), self._world.size)
+        loss_sum, targets = 0.0, 0
+        self.model.eval()
+        for begin in range(0, len(mine), size):
+            batch = self._eval_rows.batch(mine[begin : begin + size])
+            if len(batch.targets):
+                loss_sum += self._objective.loss_sum(batch.to(self._world.device)).item()
+                targets += len(batch.targets)
+        self.model.train()
+        loss_sum, all_targets = sum_over_ranks([loss_sum, float(targets)], self._world)
+        self._eval_loss = loss_sum / max(1.0, all_targets)
+        metrics = {"eval_loss": self._eval_loss, "eval_targets": all_targets}
+        self._reporting.log(metrics)
+        self._events.emit(
+            "eval",
+            step=self.state.global_step,
+            loss=self._eval_loss,
+            target_tokens=int(all_targets),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return metrics
+
+    def save_model(self, output_dir: str | Path | None = None, dtype: torch.dtype | None = None) -> Path:
+        """Write adapter or model, tokenizer and template; rank 0 writes, the others return at once.
+
+        output_dir: None: the run's final folder. dtype: what fully trained weights are rounded to.
+        """
+        folder = Path(output_dir) if output_dir is not None else self._place.final
+        if self._world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, folder, dtype)
+            self.tokenizer.save_pretrained(folder)
+        return folder
+
+    # --- one step ----------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> StepTotals:
+        micro_batches = self._order.micro_batches(step, self._world.rank)
+        batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
+        sums = accumulate_gradients(self._objective, batches, self._parameters, self._world)
+        totals = StepTotals(*sums, grad_norm=clip_gradients(self._parameters, self._training.max_grad_norm))
+        self._check_finite(step, totals)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        self._targets_seen += totals.targets
+        self.state.num_input_tokens_seen += totals.tokens
+        return totals
+
+    def _check_finite(self, step: int, totals: StepTotals) -> None:
+        """Every rank holds the same sums, so all of them stop together, before the weights change."""
+        if math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm):
+            return
+        rows = ", ".join(map(str, self._order.step_rows(step)[:8]))
+        last = self._checkpoints.newest(lambda _: None)
+        raise NonFiniteError(
+            f"step {step + 1}: loss {totals.loss:g}, gradient norm {totals.grad_norm:g} (rows {rows} of the plan)",
+            f"weights are unchanged by this step; last good checkpoint: {last or 'none'}; "
+            "try a smaller training.learning_rate, or training.bf16=false",
+        )
+
+    def _after_step(self, done: int, meter: Meter) -> None:
+        self.state.global_step = done
+        self.state.epoch = done / self.plan.steps_per_epoch
+        last = done == self.plan.total_steps
+        if done == 1 or last or done % self._training.logging_steps == 0:
+            self._log(meter, done)
+        if self.plan.eval_interval and (last or done % self.plan.eval_interval == 0):
+            self.evaluate()
+        if self.plan.checkpoint_interval and not last and done % self.plan.checkpoint_interval == 0:
+            self._save(done)
+
+    def _log(self, meter: Meter, done: int) -> None:
+        reading = meter.read(done)
+        self._loss = reading.loss
+        rate = float(self._scheduler.get_last_lr()[0])
+        self._reporting.log(
+            {
+                "loss": reading.loss,
+                "grad_norm": reading.grad_norm,
+                "learning_rate": rate,
+                "target_tokens_per_second": reading.target_tokens_per_second,
+                "tokens_per_second": reading.tokens_per_second,
+            }
+        )
+        self._events.emit(
+            "step",
+            step=done,
+            total_steps=self.plan.total_steps,
+            epoch=round(self.state.epoch or 0.0, 4),
+            learning_rate=rate,
+            **vars(reading),
+        )
+
+    # --- stopping, saving, resuming ---------------------------------------------------------------
+
+    def _heeding_signals(self) -> _SigtermHeeded:
+        return _SigtermHeeded(self._ask_to_stop)
+
+    def _ask_to_stop(self) -> None:
+        self._asked_to_stop = Cause.TERMINATED
+
+    def _leave_if_asked(self, step: int, first: int) -> None:
+        """All ranks learn of a request that any of them has seen, and leave after the same step."""
+        if self._place.stop is not None and self._asked_to_stop is None and self._place.stop.exists():
+            self._asked_to_stop = (read_json(self._place.stop) or {}).get("cause", Cause.TERMINATED)
+        votes = sum_over_ranks([float(self._asked_to_stop == cause) for cause in STOP_CAUSES], self._world)
+        cause = next((cause for cause, vote in zip(STOP_CAUSES, votes, strict=True) if vote), None)
+        if cause is None:
+            return
+        if step > first:
+            self._save(step)
+        self._reporting.end()
+        raise StopRequested(cause, f"{cause} after step {step} of {self.plan.total_steps}")
+
+    def _save(self, step: int) -> None:
+        started = time.monotonic()
+        state = checkpoint.CheckpointState(
+            step=step,
+            plan=self._train_rows.sha256(),
+            rows_per_step=self.plan.shape.rows_per_step,
+            world=self._world.size,
+            targets_seen=self._targets_seen,
+        )
+        tensors = None
+        if not self._training.save_only_model:
+            tensors = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+        folder = self._checkpoints.save(state, self._write_model, tensors)
+        seconds = round(time.monotonic() - started, 3)
+        self._events.emit("checkpoint", step=step, path=str(folder), seconds=seconds)
+
+    def _write_model(self, folder: Path) -> None:
+        save_model(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def _resume(self, wanted: str | Path | bool | None) -> int:
+        """Put everything back as it was after the checkpoint's step; returns that step."""
+        if not wanted:
+            return 0
+        folder = self._checkpoints.newest(self._events.warn) if wanted is True else Path(wanted)
+        if folder is None:
+            return 0
+        fault = checkpoint.fault_in(folder)
+        if fault:
+            raise DataError(f"cannot resume from {folder}: {fault}", "choose another checkpoint, or start anew")
+        state = checkpoint.read_state(folder)
+        if (state.plan, state.rows_per_step) != (self._train_rows.sha256(), self.plan.shape.rows_per_step):
+            raise DataError(
+                f"cannot resume from {folder}: it was trained on other rows, or on other rows a step",
+                "restore the data and the batch size it was written with, or start anew",
+            )
+        load_weights(self.model, folder)
+        tensors = checkpoint.read_tensors(folder, self._world)
+        self._optimizer.load_state_dict(tensors["optimizer"])
+        self._scheduler.load_state_dict(tensors["scheduler"])
+        restored = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+        self.state.log_history, self.state.epoch = restored.log_history, restored.epoch
+        self.state.global_step, self._targets_seen = state.step, state.targets_seen
+        self.state.num_input_tokens_seen = restored.num_input_tokens_seen
+        self._events.emit("resumed", step=state.step, checkpoint=str(folder))
+        return state.step
+
+
+class _SigtermHeeded:
+    """While it is entered, SIGTERM calls `asked` instead of ending the process."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        self._asked = asked
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        try:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked())
+        except ValueError:  # not in the main thread: the caller's signals are its own
+            self._before = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
