@@ -91,10 +91,28 @@ def check_section(section: type[SectionT], values: object, path: str, problems: 
 
 def problems_from(error: ValidationError, path: str, section: type[BaseModel]) -> list[Problem]:
     """Say in our words what pydantic found; paths are dotted and start with `path`."""
-    return [
-        Problem(_join(path, *detail["loc"]), _sentence(dict(detail)))
-        for detail in error.errors(include_url=False, include_context=True)
-    ]
+    found: dict[str, str] = {}
+    for detail in error.errors(include_url=False, include_context=True):
+        at, sentence = _join(path, *_keys(detail["loc"])), _sentence(dict(detail))
+        found[at] = f"{_expectation(found[at])} or {_expectation(sentence, 'expected ')}{_got(sentence)}" \
+            if at in found else sentence
+    # Of a value that fits no member of a union, the problem of its item tells more than that of the whole.
+    inner = tuple(found)
+    return [Problem(at, sentence) for at, sentence in found.items() if not any(p.startswith(f"{at}[") for p in inner)]
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[int | str]:
+    """pydantic's location less the parts that name a member of a union: `literal[...]`, `list[...]`, `bool`."""
+    return [part for part in loc if isinstance(part, int) or not ("[" in part or part in _UNION_MEMBERS)]
+
+
+def _expectation(sentence: str, less: str = "") -> str:
+    return sentence.partition(", got ")[0].removeprefix(less)
+
+
+def _got(sentence: str) -> str:
+    _, comma, value = sentence.partition(", got ")
+    return comma + value
 
 
 def unknown_key(path: str, key: object, known: list[str]) -> Problem:
@@ -299,6 +317,8 @@ def _sentence(detail: dict[str, Any]) -> str:
             return f"expected a finite number{got}"
     return f"expected {_EXPECTED_TYPES.get(kind, detail['msg'])}{got}"
 
+
+_UNION_MEMBERS = {"bool", "int", "float", "str"}
 
 _EXPECTED_TYPES = {
     "int_type": "a whole number",
