@@ -1,0 +1,223 @@
+"""One source's rows, turned into documents: parse, render, tokenise, apply the length policy, count everything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opensloth.data.documents import Document
+from opensloth.data.encode import Encoder, Rendered
+from opensloth.data.examples import Chat, Segments, Tokens
+from opensloth.data.formats import Parser, parser_for
+from opensloth.data.rows import Row, RowProblem
+from opensloth.data.sources import Source
+from opensloth.data.template import ChatTemplate
+from opensloth.data.turns import Turns
+from opensloth.data.validate import check_document
+from opensloth.errors import DataError
+from opensloth.opensloth_config import DatasetArgs
+from opensloth.tokenizer import own_template, resolve_chat_template, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Notes = Callable[[str, str], None]
+"""(level, message): says something to the user; level is info or warning."""
+
+BATCH_ROWS = 256
+DETECTION_ROWS = 64
+SHOWN_BAD_ROWS = 5
+
+
+@dataclass
+class SourceCounts:
+    """What became of the rows of one source. read = kept + bad + dropped_* + no_targets + too_short."""
+
+    read: int = 0
+    kept: int = 0
+    bad: int = 0
+    dropped_overlength: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    no_targets: int = 0
+    too_short: int = 0
+    """Documents of one token: nothing comes before it, so nothing can be predicted."""
+    tokens: int = 0
+    target_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A document that will be trained, and the row it came from."""
+
+    row: Row
+    document: Document
+
+
+@dataclass(frozen=True)
+class Target:
+    """What documents are prepared for: a model's tokenizer and its limits."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    max_length: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, model_name: str, max_length: int) -> Target:
+        return cls(tokenizer, vocabulary_size(tokenizer, model_name), max_length)
+
+
+@dataclass
+class SourcePreparation:
+    """Prepares one source. Iterate `documents()` once; `counts` and `format` are filled on the way."""
+
+    args: DatasetArgs
+    source: Source
+    target: Target
+    note: Notes
+    counts: SourceCounts = field(default_factory=SourceCounts)
+    format: str = ""
+
+    def __post_init__(self) -> None:
+        tokenizer = self.target.tokenizer
+        text = self.args.chat_template
+        template = resolve_chat_template(text, tokenizer) if text else own_template(tokenizer)
+        self.template = ChatTemplate(tokenizer, template) if template else None
+        self.encoder = Encoder(tokenizer)
+        self._turns = Turns(self.template, self.args.train_on) if self.template else None
+
+    def documents(self) -> Iterator[Kept]:
+        """Documents in the order of the rows.
+
+        Raises DataError: at a bad row unless they are skipped, at an overlong one if the config says so.
+        """
+        rows = self._limited_rows()
+        first = list(itertools.islice(rows, DETECTION_ROWS))
+        if not first:
+            raise DataError(f"{self.source.name}: no rows in it", "is this the right file?")
+        parser = self._parser(first)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: tuple[list[tuple[Row, Rendered | Tokens]], Future[list[Document | RowProblem]]] | None = None
+            for batch in _batches(itertools.chain(first, rows), BATCH_ROWS):
+                rendered = self._render_batch(batch, parser)
+                texts = [item for _, item in rendered if isinstance(item, Rendered)]
+                submitted = pool.submit(self.encoder.encode, texts)
+                if waiting:
+                    yield from self._finish_batch(*waiting)
+                waiting = (rendered, submitted)
+            if waiting:
+                yield from self._finish_batch(*waiting)
+
+    def _limited_rows(self) -> Iterator[Row]:
+        rows = self.source.rows()
+        return itertools.islice(rows, self.args.num_samples) if self.args.num_samples > 0 else rows
+
+    def _parser(self, first: list[Row]) -> Parser:
+        readable = [row for row in first if row.values is not None]
+        if not readable:
+            raise DataError(f"{first[0].where}: {first[0].problem}", f"none of the first {len(first)} rows is readable")
+        parser = parser_for(
+            readable,
+            name=self.source.name,
+            wanted=self.args.format,
+            columns=self.args.columns,
+            has_template=self.template is not None,
+        )
+        self.format = parser.format.name
+        how = "detected from the columns" if self.args.format == "auto" else "as given"
+        self.note("info", f"{self.source.name}: format {self.format} ({how})")
+        return parser
+
+    def _render_batch(self, batch: list[Row], parser: Parser) -> list[tuple[Row, Rendered | Tokens]]:
+        rendered = []
+        for row in batch:
+            self.counts.read += 1
+            try:
+                if row.values is None:
+                    raise RowProblem(row.problem)
+                rendered.append((row, self._render(parser, row)))
+            except RowProblem as problem:
+                self._bad(row, problem)
+        return rendered
+
+    def _render(self, parser: Parser, row: Row) -> Rendered | Tokens:
+        assert row.values is not None
+        example = parser.parse(row.values)
+        if isinstance(example, Tokens):
+            return example
+        if isinstance(example, Segments):
+            return self.encoder.of_segments(example)
+        return self._render_chat(example)
+
+    def _render_chat(self, chat: Chat) -> Rendered:
+        assert self._turns is not None
+        assert self.template is not None
+        text, spans = self._turns.render(chat)
+        # A template that ends no turn leaves the end of the answer to the end-of-sequence token.
+        ends_open = self.template.stop is None and bool(spans) and spans[-1][1] >= len(text.rstrip())
+        return Rendered(text, spans, eos=ends_open)
+
+    def _finish_batch(
+        self, rendered: list[tuple[Row, Rendered | Tokens]], encoded: Future[list[Document | RowProblem]]
+    ) -> Iterator[Kept]:
+        documents = iter(encoded.result())
+        for row, item in rendered:
+            found = _document_of(item) if isinstance(item, Tokens) else next(documents)
+            problem = found if isinstance(found, RowProblem) else check_document(found, self.target.vocabulary)
+            if isinstance(problem, RowProblem):
+                self._bad(row, problem)
+                continue
+            assert isinstance(found, Document)
+            if document := self._fitted(row, Document(*(part.astype(np.int32, copy=False) for part in found))):
+                yield Kept(row, document)
+
+    def _fitted(self, row: Row, document: Document) -> Document | None:
+        """The document under the length policy; None when nothing is left of it to learn."""
+        limit, length = self.target.max_length, len(document.ids)
+        if length > limit:
+            if self.args.overlength == "error":
+                raise DataError(
+                    f"{row.where}: {length} tokens, over max_seq_length {limit}",
+                    "raise opensloth.fast_model_args.max_seq_length, or set dataset.overlength to drop or truncate",
+                )
+            if self.args.overlength == "drop":
+                self.counts.dropped_overlength += 1
+                return None
+            self.counts.truncated += 1
+            self.counts.truncated_tokens += length - limit
+            document = Document(document.ids[:limit], document.labels[:limit])
+        if len(document.ids) < 2:
+            self.counts.too_short += 1
+            return None
+        if not document.targets:
+            self.counts.no_targets += 1
+            return None
+        self.counts.kept += 1
+        self.counts.tokens += len(document.ids)
+        self.counts.target_tokens += document.targets
+        return document
+
+    def _bad(self, row: Row, problem: RowProblem) -> None:
+        if self.args.bad_rows == "error":
+            raise DataError(f"{row.where}: {problem}", "mend the row, or set dataset.bad_rows: skip")
+        self.counts.bad += 1
+        if self.counts.bad <= SHOWN_BAD_ROWS:
+            more = ", further ones are only counted" if self.counts.bad == SHOWN_BAD_ROWS else ""
+            self.note("warning", f"skipped {row.where}: {problem}{more}")
+
+
+def _document_of(tokens: Tokens) -> Document | RowProblem:
+    try:
+        return Document(np.array(tokens.ids, dtype=np.int64), np.array(tokens.labels, dtype=np.int64))
+    except OverflowError:
+        return RowProblem("'input_ids' or 'labels' has a number of more than 64 bits")
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
