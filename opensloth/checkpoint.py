@@ -7,6 +7,7 @@ The folder is filled under another name, synced and renamed.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def fault_in(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> CheckpointState:
     """What the manifest says; the checkpoint has been found whole."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = json.loads((folder / MANIFEST).read_text())
     return CheckpointState(**{key: value for key, value in manifest.items() if key != "files"})
 
 

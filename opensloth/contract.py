@@ -60,6 +60,19 @@ RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
 
 RUN_DIR_ENV: Final = "OSLO_RUN_DIR"
 ATTEMPT_ENV: Final = "OSLO_ATTEMPT"
+LAUNCHER_ENV: Final = "OSLO_LAUNCHER_PID"
+"""The launcher's process number: ranks that have lost it stop."""
+
+# --- what a pod's template gives to the launcher through the environment --------------------------
+
+CONFIG_PATH_ENV: Final = "OSLO_CONFIG"
+"""The resolved config as a file (downward API); the launcher copies it to `<run>/config.yaml`."""
+DEADLINE_ENV: Final = "OSLO_DEADLINE_SECONDS"
+"""Training time over all attempts. Unset: no end."""
+MAX_RESTARTS_ENV: Final = "OSLO_MAX_RESTARTS"
+START_TIMEOUT_ENV: Final = "OSLO_START_TIMEOUT_SECONDS"
+GRACE_ENV: Final = "OSLO_GRACE_SECONDS"
+"""How long ranks may take to agree, save and leave once they were asked to."""
 
 # --- events ---------------------------------------------------------------------------------------
 
@@ -96,6 +109,9 @@ class Cause:
     TERMINATED: Final = "terminated"
     KILLED: Final = "killed"
     PEER_LOST: Final = "peer_lost"
+    """Another rank or node went away: a consequence, never the first cause."""
+    SUPERSEDED: Final = "superseded"
+    """A newer attempt has started: this one leaves without writing anything."""
 
 
 EXIT_CODE_OF_CAUSE: Final = {
@@ -111,4 +127,5 @@ EXIT_CODE_OF_CAUSE: Final = {
     Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
     Cause.KILLED: ExitCode.INFRASTRUCTURE,
     Cause.PEER_LOST: ExitCode.INFRASTRUCTURE,
+    Cause.SUPERSEDED: ExitCode.INFRASTRUCTURE,
 }

@@ -30,6 +30,7 @@ from opensloth.errors import ConfigError
 from opensloth.events import LAUNCHER_RANK, Events
 from opensloth.files import create_json, read_json, write_json
 from opensloth.opensloth_config import OpenSlothConfig
+from opensloth.orders import CAUSES
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 120.0
@@ -37,7 +38,6 @@ GRACE_SECONDS = 120.0
 GRACE_ENV = "OSLO_GRACE_SECONDS"
 PROGRESS_SECONDS = 1.0
 """At most one progress event of data preparation in this time."""
-STOPPING = (Cause.CANCELLED, Cause.TERMINATED, Cause.DEADLINE)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def launch(run: Path) -> int:
         config = run_config.load((run / contract.CONFIG_FILE).read_text())
     except ConfigError as error:
         return attempt.end(Ending(error.cause, error.message), events)
+    _kill_strays(run)  # ranks that outlived an earlier launcher
     events.emit("phase", phase="data")
     ending = _build_data(attempt, events)
     if ending is None:
@@ -188,6 +189,7 @@ def _environment(attempt: Attempt, config: OpenSlothConfig) -> dict[str, str]:
     env = dict(os.environ)
     env[contract.RUN_DIR_ENV] = str(attempt.run)
     env[contract.ATTEMPT_ENV] = str(attempt.number)
+    env[contract.LAUNCHER_ENV] = str(os.getpid())
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(config.devices))))
     env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -210,14 +212,14 @@ def _wait(child: subprocess.Popen[bytes], attempt: Attempt) -> None:
             asked_at = time.monotonic()
         if asked_at is not None and time.monotonic() - asked_at > grace:
             os.killpg(child.pid, signal.SIGKILL)
-            _kill_strays(attempt)
             child.wait()
         time.sleep(POLL_SECONDS)
+    _kill_strays(attempt.run)  # torchrun ends its ranks, unless it was killed itself
 
 
-def _kill_strays(attempt: Attempt) -> None:
-    """torchrun starts each rank in a session of its own; those of this attempt know its folder."""
-    mine = f"{contract.RUN_DIR_ENV}={attempt.run}".encode()
+def _kill_strays(run: Path) -> None:
+    """Kill every rank of this run: torchrun starts each in a session of its own, but all know the run's folder."""
+    mine = f"{contract.RUN_DIR_ENV}={run}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if int(process.name) != os.getpid() and mine in (process / "environ").read_bytes().split(b"\0"):
@@ -232,10 +234,10 @@ def _classify(code: int, ranks: int, attempt: Attempt, torchrun_says: str) -> En
         return Ending(Cause.SUCCEEDED, "")
     outcomes = {rank: read_json(attempt.folder / contract.RANK_OUTCOME.format(rank=rank)) for rank in range(ranks)}
     written = sorted((o for o in outcomes.values() if o), key=lambda outcome: outcome["time"])
-    own_fault = [o for o in written if o["cause"] not in (*STOPPING, Cause.PEER_LOST, Cause.SUCCEEDED)]
+    own_fault = [o for o in written if o["cause"] not in (*CAUSES, Cause.PEER_LOST, Cause.SUCCEEDED)]
     if own_fault:
         return Ending(own_fault[0]["cause"], own_fault[0]["message"], own_fault[0]["hint"])
-    stopped = [o for o in written if o["cause"] in STOPPING]
+    stopped = [o for o in written if o["cause"] in CAUSES]
     if stopped:
         return Ending(stopped[0]["cause"], stopped[0]["message"], stopped[0]["hint"])
     cause = attempt.stop_cause()

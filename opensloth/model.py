@@ -36,7 +36,7 @@ def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> 
             args.model_name,
             revision=args.revision or "main",
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=_plain_attention(args),
             quantization_config=_quantisation(args, dtype),
             device_map={"": device},
             trust_remote_code=False,
@@ -78,6 +78,11 @@ def attach_adapter(base: PreTrainedModel, config: OpenSlothConfig) -> nn.Module:
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many ids the model has an embedding for."""
+    return int(base_of(model).get_input_embeddings().weight.shape[0])
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -144,12 +149,18 @@ def published_dtype(args: FastModelArgs) -> torch.dtype | None:
 
 def check_fits(model: nn.Module, tokenizer: Any) -> None:
     """Raise DataError when the tokenizer makes ids that the model has no embedding for."""
-    embeddings = base_of(model).get_input_embeddings().num_embeddings
+    embeddings = vocabulary_of(model)
     if len(tokenizer) > embeddings:
         raise DataError(
             f"the tokenizer has {len(tokenizer)} ids, the model embeddings for {embeddings}",
             "use the tokenizer that belongs to the model",
         )
+
+
+def _plain_attention(args: FastModelArgs) -> str:
+    """Attention for rows of one document. SDPA drops soft-capped scores without a word; eager does not."""
+    config = AutoConfig.from_pretrained(args.model_name, revision=args.revision or "main").get_text_config()
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def _quantisation(args: FastModelArgs, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -194,10 +205,9 @@ def _obstacle(base: PreTrainedModel) -> str | None:
 def _leak(model: nn.Module) -> str | None:
     """Look whether a document changes when the one before it does, on a packed row of two."""
     base = base_of(model)
-    device = base.get_input_embeddings().weight.device
+    device = next(base.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = base.get_input_embeddings().num_embeddings
-    first, other, second = (torch.randint(vocabulary, (n,), generator=generator) for n in (9, 9, 13))
+    first, other, second = (torch.randint(vocabulary_of(model), (n,), generator=generator) for n in (9, 9, 13))
     training, _ = model.training, model.eval()
     try:
         in_company, beside_other = (

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import TrainerControl, TrainerState
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from opensloth.errors import ConfigError, Problem

@@ -56,7 +56,7 @@ def check(values: Mapping[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         "dataset": _check_datasets(values.get("dataset"), problems),
     }
     problems += _contradictions(values, sections)
-    head = {key: values[key] for key in ("name", "training_type") if key in values}
+    head: dict[str, Any] = {key: values[key] for key in ("name", "training_type") if key in values}
     if problems:
         problems += _problems_of_head(head)
         return None, problems
@@ -94,8 +94,11 @@ def problems_from(error: ValidationError, path: str, section: type[BaseModel]) -
     found: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=True):
         at, sentence = _join(path, *_keys(detail["loc"])), _sentence(dict(detail))
-        found[at] = f"{_expectation(found[at])} or {_expectation(sentence, 'expected ')}{_got(sentence)}" \
-            if at in found else sentence
+        found[at] = (
+            f"{_expectation(found[at])} or {_expectation(sentence, 'expected ')}{_got(sentence)}"
+            if at in found
+            else sentence
+        )
     # Of a value that fits no member of a union, the problem of its item tells more than that of the whole.
     inner = tuple(found)
     return [Problem(at, sentence) for at, sentence in found.items() if not any(p.startswith(f"{at}[") for p in inner)]

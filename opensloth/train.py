@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -18,13 +19,14 @@ from opensloth import __version__, contract, hardware, run_config
 from opensloth.checkpoint import remove_leftovers
 from opensloth.contract import Cause
 from opensloth.data.build import build
-from opensloth.data.prepared import PreparedDataset, open_parts
+from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.dist import World, barrier, join_world, leave_world
 from opensloth.errors import OpenSlothError
 from opensloth.events import Events, NullEvents
-from opensloth.files import read_json, sync_tree, write_json
+from opensloth.files import sync_tree, write_json
 from opensloth.model import load_model, published_dtype
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
+from opensloth.orders import Orders
 from opensloth.reporting import check_reporters
 from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer
@@ -43,8 +45,8 @@ def train(opensloth_config: OpenSlothConfig, training_config: TrainingArguments)
     world = join_world(cuda=_on_cuda(training_config), timeout_seconds=training_config.ddp_timeout)
     place = place_in(Path(training_config.output_dir or "."))
     events = python_events(place, world)
-    built = build(config, lambda record: events.emit(**record) if record["event"] == "note" else None)
-    trainer = _trainer(config, open_parts(built.path, config), warnings, world=world, place=place, events=events)
+    built = build(config, events.emit)
+    trainer = _trainer(config, _open_parts(Path(built.path)), warnings, world=world, place=place, events=events)
     result = trainer.train(config.training.resume_from_checkpoint)
     trainer.save_model(dtype=_saved_dtype(config))
     barrier(world)
@@ -63,12 +65,12 @@ def run_rank(run: Path, attempt: int) -> None:
         checkpoints=run / contract.CHECKPOINTS_DIR,
         final=run / contract.FINAL_DIR,
         tensorboard=run / contract.TENSORBOARD_DIR,
-        stop=folder / contract.STOP_FILE,
+        orders=Orders(folder, int(os.environ[contract.LAUNCHER_ENV])),
     )
     if world.is_main:
         remove_leftovers((run, place.checkpoints))
-    data = read_json(folder / contract.DATA_FILE)
-    parts = open_parts(Path(data["path"]), config)
+    data = json.loads((folder / contract.DATA_FILE).read_text())
+    parts = _open_parts(Path(data["path"]))
     trainer = _trainer(config, parts, warnings, world=world, place=place, events=events)
     events.emit("phase", phase="train")
     wanted = training.resume_from_checkpoint
@@ -94,9 +96,17 @@ def _trainer(
     if config.training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
     events.emit("phase", phase="model")
-    tokenizer = load_tokenizer(config.opensloth.fast_model_args, chat_template=_chat_template(config))
+    model_args = config.opensloth.fast_model_args
+    tokenizer = load_tokenizer(
+        model_args.model_name, revision=model_args.revision, chat_template=_chat_template(config)
+    )
     model = load_model(config.opensloth, world.device, bf16=bool(config.training.bf16))
     return assemble(model, tokenizer, parts, config, world=world, place=place, events=events)
+
+
+def _open_parts(path: Path) -> tuple[PreparedDataset, PreparedDataset | None]:
+    evaluated = PreparedDataset.open(path, EVAL_DIR) if PreparedDataset.has_eval(path) else None
+    return PreparedDataset.open(path), evaluated
 
 
 def _chat_template(config: RunConfig) -> str | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,25 @@ from opensloth.data.training_data import Rows
 from opensloth.dist import World, broadcast_parameters, sum_over_ranks
 from opensloth.errors import DataError, NonFiniteError, StopRequested
 from opensloth.events import Events
-from opensloth.files import read_json
 from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
 from opensloth.optimizer import make_optimizer
+from opensloth.orders import CAUSES, Orders
 from opensloth.reporting import Reporting, transformers_arguments
 from opensloth.run_config import RunConfig
 from opensloth.step import Objective, StepTotals, accumulate_gradients, clip_gradients
 
 TRAINER_STATE = "trainer_state.json"
-STOP_CAUSES = (Cause.CANCELLED, Cause.TERMINATED, Cause.DEADLINE)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run keeps its files. stop: asks the ranks to leave when it appears; None: nobody asks."""
+    """Where a run keeps its files, and who may ask it to stop."""
 
     checkpoints: Path
     final: Path
     tensorboard: Path
-    stop: Path | None = None
+    orders: Orders = field(default_factory=Orders)
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,6 @@ class SftTrainer:
         self._targets_seen = 0
         self._loss: float | None = None
         self._eval_loss: float | None = None
-        self._asked_to_stop: str | None = None
 
     # --- what users call ---------------------------------------------------------------------------
 
@@ -127,7 +123,7 @@ class SftTrainer:
         meter = Meter(self._world.device, self.plan.total_steps)
         if self._training.eval_on_start and first == 0:
             self.evaluate()
-        with self._heeding_signals():
+        with self._place.orders:
             for step in range(first, self.plan.total_steps):
                 self._leave_if_asked(step, first)
                 meter.add(self._step(step))
@@ -243,21 +239,14 @@ class SftTrainer:
 
     # --- stopping, saving, resuming ---------------------------------------------------------------
 
-    def _heeding_signals(self) -> _SigtermHeeded:
-        return _SigtermHeeded(self._ask_to_stop)
-
-    def _ask_to_stop(self) -> None:
-        self._asked_to_stop = Cause.TERMINATED
-
     def _leave_if_asked(self, step: int, first: int) -> None:
         """All ranks learn of a request that any of them has seen, and leave after the same step."""
-        if self._place.stop is not None and self._asked_to_stop is None and self._place.stop.exists():
-            self._asked_to_stop = (read_json(self._place.stop) or {}).get("cause", Cause.TERMINATED)
-        votes = sum_over_ranks([float(self._asked_to_stop == cause) for cause in STOP_CAUSES], self._world)
-        cause = next((cause for cause, vote in zip(STOP_CAUSES, votes, strict=True) if vote), None)
+        asked = self._place.orders.cause()
+        votes = sum_over_ranks([float(asked == cause) for cause in CAUSES], self._world)
+        cause = next((cause for cause, vote in zip(CAUSES, votes, strict=True) if vote), None)
         if cause is None:
             return
-        if step > first:
+        if step > first and cause != Cause.SUPERSEDED:
             self._save(step)
         self._reporting.end()
         raise StopRequested(cause, f"{cause} after step {step} of {self.plan.total_steps}")
@@ -309,21 +298,3 @@ class SftTrainer:
         self.state.num_input_tokens_seen = restored.num_input_tokens_seen
         self._events.emit("resumed", step=state.step, checkpoint=str(folder))
         return state.step
-
-
-class _SigtermHeeded:
-    """While it is entered, SIGTERM calls `asked` instead of ending the process."""
-
-    def __init__(self, asked: Callable[[], None]) -> None:
-        self._asked = asked
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked())
-        except ValueError:  # not in the main thread: the caller's signals are its own
-            self._before = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)

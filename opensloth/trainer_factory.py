@@ -12,13 +12,13 @@ from torch import nn
 
 from opensloth import hardware
 from opensloth.contract import CHECKPOINTS_DIR, EVENTS_FILE, TENSORBOARD_DIR
+from opensloth.data.in_memory import InMemoryDocuments
 from opensloth.data.prepared import PreparedDataset
 from opensloth.data.training_data import PreparedDocuments, make_rows
-from opensloth.data.validate import validated_documents
 from opensloth.dist import World, join_world
 from opensloth.errors import ConfigError, Problem
 from opensloth.events import Events, NullEvents
-from opensloth.model import attach_adapter, base_of, check_fits, isolate_documents
+from opensloth.model import attach_adapter, base_of, check_fits, isolate_documents, vocabulary_of
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.reporting import check_reporters
 from opensloth.run_config import RunConfig, from_python
@@ -63,8 +63,8 @@ def create_sft_trainer(
     if getattr(hf_train_args, "gradient_checkpointing", False):
         base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base_of(model).config.use_cache = False
-    documents = _documents(train_dataset, model, config)
-    eval_documents = None if eval_dataset is None else _documents(eval_dataset, model, config)
+    documents = _documents(train_dataset, "train_dataset", model, config)
+    eval_documents = None if eval_dataset is None else _documents(eval_dataset, "eval_dataset", model, config)
     return assemble(model, tokenizer, (documents, eval_documents), config, world=world, place=place, events=events)
 
 
@@ -126,12 +126,13 @@ def python_events(place: Place, world: World) -> Events:
     return Events(place.final / EVENTS_FILE, rank=world.rank, attempt=1)
 
 
-def _documents(dataset: Any, model: nn.Module, config: RunConfig) -> PreparedDocuments:
+def _documents(dataset: Any, name: str, model: nn.Module, config: RunConfig) -> PreparedDocuments:
     if isinstance(dataset, PreparedDataset):
         return dataset
-    return validated_documents(
+    return InMemoryDocuments(
         dataset,
-        vocabulary=base_of(model).get_input_embeddings().num_embeddings,
+        name=name,
+        vocabulary=vocabulary_of(model),
         max_length=config.opensloth.fast_model_args.max_seq_length,
     )
 

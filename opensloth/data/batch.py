@@ -15,10 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""Label of a position that is not a target (the Hugging Face convention)."""
-
-Int32Array = npt.NDArray[np.int32]
+from opensloth.data.documents import IGNORE, Int32Array
 
 
 class Documents(Protocol):

@@ -73,9 +73,10 @@ class Rows:
 def make_rows(documents: PreparedDocuments, capacity: int, *, packed: bool, pad_id: int) -> Rows:
     """Plan the rows of an epoch, globally and from lengths alone.
 
-    capacity: tokens of a packed row; no document is longer.
+    capacity: tokens of a packed row; longer documents are left out (preparation has counted them).
     """
     members = documents.epoch_documents()
+    members = members[documents.lengths[members] <= capacity]
     lengths = documents.lengths[members]
     plan = best_fit_decreasing(lengths, capacity) if packed else one_document_a_row(len(members))
     return Rows(documents, members, plan, packed, capacity, pad_id)

@@ -61,7 +61,8 @@ def make_model(kind: str = "llama", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = CONFIGS[kind]()
     config.initializer_range = 0.2
-    return AutoModelForCausalLM.from_config(config)
+    capped = getattr(config, "attn_logit_softcapping", None)  # SDPA would drop the cap
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -82,6 +83,25 @@ def save(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     make_model(kind, seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+class Documents:
+    """Rows in memory, as training reads prepared ones."""
+
+    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
+        self._rows = rows
+        self.lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int32)
+        self.targets = np.array([sum(i != -100 for i in row["labels"][1:]) for row in rows], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> tuple[Any, Any]:
+        row = self._rows[index]
+        return np.array(row["input_ids"], dtype=np.int32), np.array(row["labels"], dtype=np.int32)
+
+    def epoch_documents(self) -> Any:
+        return np.arange(len(self._rows))
 
 
 def random_rows(count: int, *, longest: int = 40, seed: int = 0) -> list[dict[str, list[int]]]:

@@ -1,0 +1,298 @@
+"""The trainer that the factory makes: steps, resume, evaluation, stops, what it writes; on the CPU, float32."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from opensloth import checkpoint
+from opensloth.contract import Cause
+from opensloth.errors import ConfigError, DataError, NonFiniteError, StopRequested
+from opensloth.files import create_json
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
+from opensloth.orders import Orders
+from opensloth.trainer import SftTrainer
+from opensloth.trainer_factory import create_sft_trainer
+
+ROWS = tiny.random_rows(50)
+STEPS = 8
+
+
+def config(**options: Any) -> OpenSlothConfig:
+    lora = None if options.get("full_finetuning") else LoraArgs(lora_dropout=0.1)
+    return OpenSlothConfig(
+        data_cache_path="-",
+        fast_model_args=FastModelArgs(model_name="tiny", max_seq_length=64, **options),
+        lora_args=lora,
+    )
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {"max_steps": STEPS, "optim": "adamw_torch", "learning_rate": 1e-2, "warmup_steps": 2}
+    defaults |= {"gradient_accumulation_steps": 2, "report_to": "none", "save_strategy": "no"}
+    return TrainingArguments(output_dir=str(folder), **(defaults | options))
+
+
+def trainer(folder: Path, rows: Any = ROWS, *, full: bool = False, **options: Any) -> SftTrainer:
+    model = tiny.make_model("llama")
+    if full:
+        model.config.attention_dropout = 0.0
+    return create_sft_trainer(
+        model,
+        tiny.make_tokenizer(),
+        rows,
+        config(full_finetuning=True) if full else config(),
+        arguments(folder, **options),
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """step -> loss, of the last time the step was made."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+
+
+def weights(trained: SftTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def test_it_learns_and_keeps_a_history(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, max_steps=60)
+    result = trained.train()
+    history = trained.state.log_history
+    assert result.steps == trained.state.global_step == 60
+    assert history[-1]["loss"] < history[0]["loss"] - 0.1
+    assert result.target_tokens > 0
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= history[0].keys()
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("interrupted_after", [1, 4, 7])
+def test_a_resumed_run_is_bit_identical(tmp_path: Path, full: bool, interrupted_after: int) -> None:
+    """Dropout on, mid-epoch and across epochs."""
+    whole = trainer(tmp_path / "whole", full=full)
+    whole.train()
+    first = trainer(tmp_path / "cut", full=full, save_strategy="steps", save_steps=interrupted_after)
+    first.train()  # goes to the end; what counts is the checkpoint on the way
+    kept = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[0]
+    resumed = trainer(tmp_path / "cut", full=full)
+    resumed.train(resume_from_checkpoint=kept)
+    assert [e for e in losses(tmp_path / "cut").items()] == [e for e in losses(tmp_path / "whole").items()]
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+    assert resumed.state.log_history[0]["step"] == 1
+
+
+def test_two_micro_batches_train_as_one_of_both(tmp_path: Path) -> None:
+    rows = tiny.random_rows(50)
+    options = {"max_steps": STEPS}
+    plain = OpenSlothConfig(data_cache_path="-", fast_model_args=FastModelArgs(model_name="tiny", max_seq_length=64))
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        folder = tmp_path / str(batch)
+        made = create_sft_trainer(
+            tiny.make_model(),
+            tiny.make_tokenizer(),
+            rows,
+            plain,
+            arguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **options),
+        )
+        made.train()
+        results.append(losses(folder))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=None)
+    made.train()
+    kept = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [path.name for path in kept] == ["step-00000002", "step-00000004", "step-00000006"]
+    adapter = kept[2] / "adapter_model.safetensors"
+    damaged = bytearray(adapter.read_bytes())
+    damaged[-1] ^= 1
+    adapter.write_bytes(damaged)
+    (kept[1] / checkpoint.OPTIMIZER).write_bytes(b"")
+    heard: list[str] = []
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=None, world=made._world)
+    assert checkpoints.newest(heard.append) == kept[0]
+    assert "does not match its hash" in heard[0]
+    assert "cut short" in heard[1]
+    with pytest.raises(DataError, match="does not match its hash"):
+        trainer(tmp_path).train(resume_from_checkpoint=kept[2])
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_model_only_checkpoints_say_that_they_cannot_be_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True).train()
+    kept = tmp_path / "checkpoints" / "step-00000004"
+    assert not (kept / checkpoint.OPTIMIZER).exists()
+    with pytest.raises(DataError, match="model only"):
+        trainer(tmp_path).train(resume_from_checkpoint=kept)
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    with pytest.raises(DataError, match="other rows"):
+        trainer(tmp_path, ROWS[:-3]).train(resume_from_checkpoint=True)
+
+
+def test_a_request_to_stop_saves_and_leaves(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=10_000)
+    attempt = tmp_path / "attempts" / "1"
+    attempt.mkdir(parents=True)
+    object.__setattr__(made._place, "orders", Orders(attempt))
+    stop = attempt / "stop.json"
+    made._after_step = _then(made._after_step, lambda done: done == 3 and create_json(stop, {"cause": "cancelled"}))  # type: ignore[method-assign]
+    with pytest.raises(StopRequested, match="cancelled after step 3 of 10000") as caught:
+        made.train()
+    assert caught.value.cause == Cause.CANCELLED
+    assert checkpoint.read_state(tmp_path / "checkpoints" / "step-00000003").step == 3
+
+
+def _then(first: Any, second: Any) -> Any:
+    def both(done: int, meter: Any) -> None:
+        first(done, meter)
+        second(done)
+
+    return both
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path) -> None:
+    made = trainer(tmp_path, learning_rate=1e-2)
+    made.train()
+    with torch.no_grad():
+        next(p for n, p in made.model.named_parameters() if "lora_B" in n).fill_(math.inf)
+    before = weights(made)
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan, gradient norm nan \(rows \d+"):
+        made.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+
+
+def test_evaluation_is_the_token_weighted_loss(tmp_path: Path) -> None:
+    made = create_sft_trainer(
+        tiny.make_model(), tiny.make_tokenizer(), ROWS, config(), arguments(tmp_path), eval_dataset=ROWS[:7]
+    )
+    found = made.evaluate()
+    model = tiny.make_model().eval()
+    nats, targets = 0.0, 0
+    for row in ROWS[:7]:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            nats += float(model(input_ids=ids, labels=labels).loss) * count
+        targets += count
+    assert found["eval_targets"] == targets
+    assert found["eval_loss"] == pytest.approx(nats / targets, rel=1e-5)
+    with pytest.raises(DataError, match="no evaluation split"):
+        trainer(tmp_path / "none").evaluate()
+
+
+def test_the_adapter_loads_in_plain_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = tiny.save(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    made = create_sft_trainer(model, tiny.make_tokenizer(), ROWS, config(), arguments(tmp_path / "out"))
+    made.train()
+    folder = made.save_model()
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    plain = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
+    made.model.get_base_model().set_attn_implementation("sdpa")  # type: ignore[operator,union-attr]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(ids).logits, made.model.eval()(ids).logits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == tiny.CHATML
+    assert load_file(folder / "adapter_model.safetensors").popitem()[1].dtype == torch.float32
+
+
+def test_the_whole_model_loads_in_plain_transformers_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    made = trainer(tmp_path, full=True)
+    made.train()
+    folder = made.save_model(tmp_path / "final", dtype=torch.bfloat16)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.dtype == torch.bfloat16
+    assert plain.config._attn_implementation == "sdpa"
+    found = dict(plain.named_parameters())
+    for name, tensor in made.model.named_parameters():
+        assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
+
+
+def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(tmp_path, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_transformers_arguments_are_taken_too(tmp_path: Path) -> None:
+    theirs = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, optim="adamw_torch", use_cpu=True, save_strategy="no"
+    )
+    made = create_sft_trainer(tiny.make_model(), tiny.make_tokenizer(), ROWS, config(), theirs)
+    assert made.plan.shape.rows_per_step == 8
+    assert made.train().steps == 3
+
+
+def test_transformers_arguments_that_cannot_be_honoured_are_refused(tmp_path: Path) -> None:
+    theirs = transformers.TrainingArguments(output_dir=str(tmp_path), neftune_noise_alpha=5.0, use_cpu=True)
+    with pytest.raises(ConfigError, match="neftune_noise_alpha: not supported"):
+        create_sft_trainer(tiny.make_model(), tiny.make_tokenizer(), ROWS, config(), theirs)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"input_ids": [5, 6, 7]}, "labels"),
+        ({"labels": [5, 6, 7]}, "input_ids"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [5, 6]},
+            r"train_dataset\[2\]: .*'labels' has 2",
+        ),
+        (
+            {"input_ids": [5, 6, 9999], "labels": [5, 6, 9999]},
+            r"train_dataset\[2\]: .*9999",
+        ),
+        (
+            {"input_ids": [5] * 65, "labels": [5] * 65},
+            r"train_dataset\[2\]: .*65 tokens",
+        ),
+        (
+            {"input_ids": [5, 6, 7], "labels": [-100] * 3},
+            r"train_dataset\[2\]: .*no targets",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_named(tmp_path: Path, row: dict[str, list[int]], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        trainer(tmp_path, [*tiny.random_rows(2), row])
+
+
+def test_a_reporter_that_is_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        trainer(tmp_path, report_to="wandb")
+
+
+def test_memory_and_speed_are_in_every_event(tmp_path: Path) -> None:
+    started = time.time()
+    trainer(tmp_path).train()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    assert all(event["memory"] > 1e8 and event["target_tokens_per_second"] > 0 for event in steps)
+    assert steps[-1]["eta"] == 0
+    assert steps[0]["time"] >= started - 1
