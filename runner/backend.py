@@ -1,0 +1,155 @@
+"""What a backend can do, and the values that it deals in. Commands know only this."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+from opensloth.run_config import RunConfig
+
+LAUNCHER_RANK: Final = -1
+"""The launcher's lines and events carry this rank."""
+
+
+class State(StrEnum):
+    """Where a run stands."""
+
+    PENDING = "pending"
+    PREPARING = "preparing"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run as `status`, `list` and `wait` show it; `-o json` has these keys.
+
+    Times are seconds since the epoch, durations seconds; null: not known (yet).
+    """
+
+    run: str
+    """Its id."""
+    handle: str
+    """`local://RUN`."""
+    name: str
+    state: State
+    phase: str | None = None
+    """What the attempt does: data, model, train, done."""
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    """Of the last step; of the last steps' mean when logging_steps is above 1."""
+    eval_loss: float | None = None
+    target_tokens_per_second: float | None = None
+    eta: float | None = None
+    """Seconds to the end."""
+    attempt: int = 0
+    """The latest; 0: none has started."""
+    cause: str | None = None
+    """Why it ended, a word of opensloth.contract.Cause."""
+    reason: str | None = None
+    """The same as a sentence; while it runs, what it waits for."""
+    hint: str | None = None
+    """What to do next."""
+    exit_code: int | None = None
+    """Of the launcher."""
+    started: float | None = None
+    """The first attempt."""
+    ended: float | None = None
+    folder: str | None = None
+    """The run folder."""
+    final: str | None = None
+    """The result, once the run has succeeded."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LogQuery:
+    """Which log lines. Filters that are None let all pass."""
+
+    attempt: int | None = None
+    """None: the latest."""
+    rank: int | None = None
+    tail: int | None = None
+    """The last so many lines of each rank."""
+    since: float | None = None
+    """Seconds since the epoch."""
+    grep: re.Pattern[str] | None = None
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of a log.
+
+    rank: LAUNCHER_RANK is the launcher. text: as people read it. event: the event that the line carries, if it does.
+    """
+
+    rank: int
+    text: str
+    event: dict[str, Any] | None = None
+
+
+class Outcome(StrEnum):
+    """What a submit came to."""
+
+    STARTED = "started"
+    RESUMED = "resumed"
+    ATTACHED = "attached"
+    ALREADY_SUCCEEDED = "already_succeeded"
+
+
+class Backend(Protocol):
+    """Where runs run. Methods that take a run raise NotFoundError when it is not there."""
+
+    def runs(self) -> list[str]:
+        """Ids of all runs, unordered."""
+        ...
+
+    def submit(self, run: str, config_text: str) -> Outcome:
+        """Start `run`, or take up what is there of it.
+
+        config_text: the resolved config. Raises LaunchError when the launcher ends before it started.
+        """
+        ...
+
+    def get(self, run: str) -> RunStatus: ...
+
+    def config(self, run: str) -> RunConfig:
+        """The resolved config."""
+        ...
+
+    def list_runs(self) -> list[RunStatus]:
+        """All runs, newest first."""
+        ...
+
+    def logs(self, run: str, query: LogQuery) -> Iterator[LogLine]:
+        """The lines that are there now."""
+        ...
+
+    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | None]:
+        """Lines as they come, until the run is over; None whenever there is nothing to say for a while."""
+        ...
+
+    def cancel(self, run: str, *, force: bool) -> None:
+        """Ask the run to save and stop. force: kill it. Raises BusyError when it is over."""
+        ...
+
+    def resume(self, run: str) -> None:
+        """Go on from the last checkpoint. Raises BusyError when it runs or has succeeded."""
+        ...
+
+    def delete(self, run: str) -> None:
+        """Remove the run and all its files. Raises BusyError while it runs."""
+        ...

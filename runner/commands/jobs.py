@@ -1,0 +1,186 @@
+"""oslo status, list, wait, cancel, resume, delete"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+
+import click
+
+from runner import compare, output
+from runner.backend import Backend, LogLine, LogQuery, RunStatus, State
+from runner.commands import watching
+from runner.commands.common import confirm, find_run, job_argument, json_option, settings, yes_option
+from runner.commands.logs import seconds
+from runner.errors import WaitTimeoutError
+from runner.identity import name_of
+
+_POLL_SECONDS = 0.2
+_WATCH_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 30.0
+"""A pipeline that hears nothing for long kills its job."""
+
+
+@click.command()
+@job_argument
+@click.option("-w", "--watch", is_flag=True, help="Show it again and again until the run is over.")
+@json_option
+def status(job: str, watch: bool, as_json: bool) -> None:
+    """Show where a run stands."""
+    backend = settings().backend
+    run = find_run(backend, job)
+    last = _watch(backend, run, as_json) if watch else backend.get(run)
+    if not watch and as_json:
+        output.show_json(last.to_json())
+    elif not watch:
+        output.show(output.status_text(last, time.time()))
+    if last.state is State.FAILED:
+        output.say(f"{watching.failure(last)}\n  {watching.next_step(last)}")
+
+
+@click.command(name="list")
+@click.option("--name", help="Only runs of this name, with what differs between them and their final loss.")
+@json_option
+def list_(name: str | None, as_json: bool) -> None:
+    """List the runs, newest first."""
+    backend = settings().backend
+    statuses = backend.list_runs()
+    if name is not None:
+        statuses = [one for one in statuses if name_of(one.run) == name]
+    differing = compare.differences({one.run: backend.config(one.run) for one in statuses}) if name else {}
+    if as_json:
+        output.show_json([one.to_json() | ({"differs": differing[one.run]} if name else {}) for one in statuses])
+    elif name:
+        output.show(compare.text(statuses, differing))
+    elif statuses:
+        output.show(output.list_text(statuses, time.time()))
+    else:
+        output.say("no runs yet: oslo submit FILE --local starts one")
+
+
+@click.command()
+@job_argument
+@click.option(
+    "--timeout",
+    metavar="DURATION",
+    callback=seconds,
+    help="Give up after this time, as in 2h, with exit code 124. The run goes on.",
+)
+@json_option
+def wait(job: str, timeout: int | None, as_json: bool) -> None:
+    """Wait until a run is over; the exit code says how it ended."""
+    backend = settings().backend
+    run = find_run(backend, job)
+    last = _wait(backend, run, timeout)
+    if as_json:
+        output.show_json(last.to_json())
+    watching.report_end(last)
+
+
+@click.command()
+@job_argument
+@click.option("--force", is_flag=True, help="Kill it at once: what came after the last checkpoint is lost.")
+@json_option
+def cancel(job: str, force: bool, as_json: bool) -> None:
+    """Save a checkpoint and stop; the run can be resumed."""
+    backend = settings().backend
+    run = find_run(backend, job)
+    backend.cancel(run, force=force)
+    last = _wait(backend, run, None)
+    output.say(f"{last.handle} is {last.state}\n  {watching.next_step(last)}")
+    if as_json:
+        output.show_json(last.to_json())
+
+
+@click.command()
+@job_argument
+@click.option("--follow", is_flag=True, help="Show the log until the run is over; the exit code says how it ended.")
+@json_option
+def resume(job: str, follow: bool, as_json: bool) -> None:
+    """Go on from the last checkpoint."""
+    backend = settings().backend
+    run = find_run(backend, job)
+    backend.resume(run)
+    status = backend.get(run)
+    output.say(f"{status.handle} goes on as attempt {status.attempt}")
+
+    def show_line(line: LogLine) -> None:
+        (output.say if as_json else output.show)(output.log_line(line))
+
+    try:
+        if follow:
+            watching.report_end(watching.follow(backend, run, LogQuery(), show_line))
+        else:
+            output.say(f"  oslo logs -f {status.handle}")
+    finally:
+        if as_json:
+            output.show_json(backend.get(run).to_json())
+        else:
+            output.show(status.handle)
+
+
+@click.command()
+@job_argument
+@yes_option
+@json_option
+def delete(job: str, yes: bool, as_json: bool) -> None:
+    """Delete a run and all its files."""
+    backend = settings().backend
+    run = find_run(backend, job)
+    status = backend.get(run)
+    confirm(f"Delete {status.handle} ({status.state}) with its checkpoints and result?", yes)
+    backend.delete(run)
+    if as_json:
+        output.show_json({"run": run, "deleted": True})
+    else:
+        output.say(f"{status.handle} deleted")
+
+
+def _watch(backend: Backend, run: str, as_json: bool) -> RunStatus:
+    """Show the status whenever it has changed; on a terminal in place."""
+    handle = backend.get(run).handle
+    in_place = sys.stdout.isatty() and not as_json
+    with watching.may_be_interrupted(handle):
+        for status in _changes(backend, run, handle, _WATCH_SECONDS):
+            if as_json:
+                output.show_json_line(status.to_json())
+            elif in_place:
+                click.clear()
+                output.show(output.status_text(status, time.time()))
+            else:
+                output.show(output.status_line(status))
+    return status
+
+
+def _changes(backend: Backend, run: str, handle: str, interval: float) -> Iterator[RunStatus]:
+    """The status, and again each time that it differs, to the end."""
+    last = None
+    while last is None or not last.state.is_over:
+        if last is not None:
+            time.sleep(interval)
+        status = watching.still_there(backend, run, handle)
+        if status != last:
+            yield status
+        last = status
+
+
+def _wait(backend: Backend, run: str, timeout: float | None) -> RunStatus:
+    """Poll until the run is over, with a line on stderr when its state changes and every half minute.
+
+    timeout: seconds. Raises WaitTimeoutError, Interrupted, JobCancelledError.
+    """
+    status = backend.get(run)
+    end = None if timeout is None else time.monotonic() + timeout
+    said_state, said_at = None, 0.0
+    with watching.may_be_interrupted(status.handle):
+        while not status.state.is_over:
+            if status.state != said_state or time.monotonic() - said_at > _HEARTBEAT_SECONDS:
+                output.say(output.status_line(status))
+                said_state, said_at = status.state, time.monotonic()
+            if end is not None and time.monotonic() >= end:
+                message = f"{status.handle} is still {status.state} after {timeout:.0f} s"
+                raise WaitTimeoutError(message, f"it goes on: oslo logs -f {status.handle}")
+            time.sleep(_POLL_SECONDS)
+            status = watching.still_there(backend, run, status.handle)
+    return status

@@ -1,0 +1,93 @@
+"""oslo submit"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from opensloth import run_config
+from opensloth.fingerprint import file_sha256, source_sha256
+from runner import output
+from runner.backend import LogLine, LogQuery, Outcome
+from runner.commands import watching
+from runner.commands.common import confirm, file_argument, json_option, set_option, settings, yes_option
+from runner.config_file import LoadedFile, Target, load_file
+from runner.errors import UsageError
+from runner.identity import content_hash, latest_of_content, next_fresh, run_id
+from runner.local import DEFAULT_LAUNCHER, SCHEME
+from runner.plan import build_plan, plan_text
+from runner.training_side import require_train_extra
+
+_SAID = {
+    Outcome.STARTED: "started",
+    Outcome.RESUMED: "taken up again as a new attempt, from the last checkpoint",
+    Outcome.ATTACHED: "is running already: attached",
+    Outcome.ALREADY_SUCCEEDED: "has succeeded already (--fresh starts anew)",
+}
+
+
+@click.command()
+@file_argument
+@click.option("--local", is_flag=True, help="Train on this machine.")
+@click.option("--follow", is_flag=True, help="Show the log until the run is over; the exit code says how it ended.")
+@set_option
+@click.option("--fresh", is_flag=True, help="Start anew, even if the same content has run before.")
+@yes_option
+@json_option
+def submit(file: Path, local: bool, follow: bool, sets: tuple[str, ...], fresh: bool, yes: bool, as_json: bool) -> None:
+    """Train as a config file says.
+
+    The same content again attaches to its run, prints its result, or goes on from its last checkpoint. The last
+    line of stdout is the run's handle.
+    """
+    if not local:
+        next_step = f"oslo submit {file} --local trains here; oslo render {file} prints the object for kubectl"
+        raise UsageError("submitting to a cluster is not in this version", next_step)
+    now = settings()
+    if tuple(now.launcher) == DEFAULT_LAUNCHER:
+        require_train_extra("training on this machine")
+    loaded = load_file(file, sets, now.defaults, Target(now.root))
+    backend = now.backend
+    run = choose_run(loaded, backend.runs(), fresh)
+    output.say(plan_text(build_plan(run, loaded.run, None, None, loaded.origins)))
+    confirm("Submit?", yes)
+    outcome = backend.submit(run, run_config.dump(loaded.run))
+    handle = SCHEME + run
+    output.say(f"{handle} {_SAID[outcome]}")
+    if outcome is not Outcome.ALREADY_SUCCEEDED and not follow:
+        output.say(f"  oslo logs -f {handle}\n  oslo status {handle}\n  oslo cancel {handle}")
+
+    def show_line(line: LogLine) -> None:
+        # With -o json, stdout is for the one document at the end.
+        (output.say if as_json else output.show)(output.log_line(line))
+
+    try:
+        if follow and outcome is not Outcome.ALREADY_SUCCEEDED:
+            watching.report_end(watching.follow(backend, run, LogQuery(), show_line))
+        elif outcome is Outcome.ALREADY_SUCCEEDED:
+            watching.report_end(backend.get(run))
+    finally:
+        if as_json:
+            output.show_json({"outcome": str(outcome), **backend.get(run).to_json()})
+        else:
+            output.show(handle)
+
+
+def choose_run(loaded: LoadedFile, existing: list[str], fresh: bool) -> str:
+    """The id that this content has, or gets."""
+    hashes = {seen: source_sha256(local) for seen, local in loaded.sources.items()}
+    if loaded.run.dataset is None:
+        hashes |= _hash_of_prepared(loaded.run.opensloth.data_cache_path)
+    base = run_id(loaded.run.name, content_hash(loaded.run, hashes))
+    if fresh:
+        return next_fresh(base, existing)
+    return latest_of_content(base, existing) or base
+
+
+def _hash_of_prepared(folder: str) -> dict[str, str]:
+    """Of a prepared dataset: its footer holds the hashes of all its files."""
+    footer = Path(folder) / "oslo.json"
+    if footer.is_file():
+        return {folder: file_sha256(footer)}
+    return {folder: source_sha256(Path(folder))} if Path(folder).is_dir() else {}

@@ -1,0 +1,116 @@
+"""Follows a run to its end, and says how it ended and what comes next."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from runner import output
+from runner.backend import Backend, LogLine, LogQuery, RunStatus, State
+from runner.errors import Interrupted, JobCancelledError, JobFailedError, NotFoundError
+
+
+class _Terminated(Exception):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def may_be_interrupted(handle: str) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into Interrupted: who stops watching does not stop the job."""
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    hint = f"oslo logs -f {handle}   goes on watching\n  oslo cancel {handle}    stops it"
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {handle} goes on", hint, exit_code=130) from error
+    except _Terminated as error:
+        raise Interrupted(f"terminated; {handle} goes on", hint, exit_code=143) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def follow(backend: Backend, run: str, query: LogQuery, show: Callable[[LogLine], None]) -> RunStatus:
+    """Show the log until the run is over; returns how it ended.
+
+    Raises Interrupted, or JobCancelledError when the run is deleted meanwhile.
+    """
+    status = backend.get(run)
+    said = None
+    with may_be_interrupted(status.handle):
+        for line in backend.follow(run, query):
+            if line is not None:
+                show(line)
+                said = None if line.event is None else said
+            elif said is None:
+                said = _say_what_it_waits_for(backend, run)
+    return still_there(backend, run, status.handle)
+
+
+def still_there(backend: Backend, run: str, handle: str) -> RunStatus:
+    """The run's status; one that has been deleted counts as cancelled."""
+    try:
+        return backend.get(run)
+    except NotFoundError as error:
+        raise JobCancelledError(f"{handle} has been deleted") from error
+
+
+def report_end(status: RunStatus) -> None:
+    """Say on stderr where the result is and how to use it.
+
+    Raises JobFailedError or JobCancelledError with the cause and the next command when there is none.
+    """
+    if status.state is State.FAILED:
+        raise JobFailedError(failure(status), next_step(status))
+    if status.state is State.CANCELLED:
+        raise JobCancelledError(f"{status.handle} was cancelled", next_step(status))
+    output.say(f"succeeded: {status.final or status.folder}")
+    if status.final:
+        output.say("\n" + usage(Path(status.final)))
+
+
+def failure(status: RunStatus) -> str:
+    """The first cause as one sentence."""
+    return f"{status.handle} failed ({status.cause}): {status.reason or 'no reason was given'}"
+
+
+def next_step(status: RunStatus) -> str:
+    """The hint of who failed, and the command that comes next."""
+    resume = f"oslo resume {status.handle}   goes on from the last checkpoint"
+    command = f"oslo logs {status.handle}   shows the log" if status.state is State.FAILED else resume
+    return f"{status.hint}\n  {command}" if status.hint else command
+
+
+def usage(final: Path) -> str:
+    """Three lines of Python that load the result."""
+    is_adapter = (final / "adapter_config.json").exists()
+    package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    imports = (
+        f"from {package} import {loader}; from transformers import AutoTokenizer"
+        if is_adapter
+        else f"from {package} import {loader}, AutoTokenizer"
+    )
+    return "\n".join(
+        [
+            f"  {imports}",
+            f'  model = {loader}.from_pretrained("{final}")',
+            f'  tokenizer = AutoTokenizer.from_pretrained("{final}")',
+        ]
+    )
+
+
+def _say_what_it_waits_for(backend: Backend, run: str) -> str | None:
+    try:
+        status = backend.get(run)
+    except NotFoundError:
+        return None
+    reason = None if status.state.is_over else status.reason
+    if reason:
+        output.say(f"... {reason}")
+    return reason or ""

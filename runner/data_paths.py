@@ -1,0 +1,168 @@
+"""Which of a config's paths are files of this machine: found, made absolute, named as the target sees them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from opensloth.errors import Problem
+from opensloth.fingerprint import source_sha256
+from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig
+from opensloth.run_config import RunConfig
+
+VOLUME_PREFIX: Final = "pvc:"
+_HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_FILE_SUFFIXES: Final = (
+    ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".yaml",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Folders as the training side sees them.
+
+    root: relative output and `pvc:` paths are below it; cache: relative data_cache_path is below it.
+    inputs: where local data is copied for it; None: it reads local data in place.
+    """
+
+    root: Path
+    cache: Path
+    inputs: Path | None
+
+
+def is_hub_name(text: str, folder: Path) -> bool:
+    """Whether `text` names a hub dataset rather than a file below `folder`.
+
+    A name is a hub's when no such file is there, it has the form NAME or OWNER/NAME, no suffix of a data file,
+    and OWNER is no folder here.
+    """
+    if (folder / text).expanduser().exists() or not _HUB_NAME.fullmatch(text):
+        return False
+    owner, slash, _ = text.partition("/")
+    return not text.endswith(_FILE_SUFFIXES) and not (slash and (folder / owner).is_dir())
+
+
+def problems(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> list[Problem]:
+    """Local data files that are not there, templates that cannot be read, paths of a volume in a local run."""
+    found = []
+    for path, text in _sources(values):
+        if text.startswith(VOLUME_PREFIX):
+            if not is_cluster:
+                why = "is on a cluster's volume, which a local run cannot read"
+                found.append(Problem(path, f"{text} {why}", "give a file of this machine"))
+        elif not is_hub_name(text, folder) and not _local(text, folder).exists():
+            where = _local(text, folder)
+            found.append(Problem(path, f"no such file or folder: {where}", nearest_name(where)))
+    for path, text in _model_folders(values) if is_cluster else ():
+        if _local(text, folder).is_dir():
+            why = "is a folder of this machine, which pods do not see"
+            found.append(Problem(path, f"{text} {why}", "copy it to the volume and give its path below /shared"))
+    for path, text in _templates(values):
+        if not _local(text, folder).is_file():
+            found.append(Problem(path, f"no such file: {_local(text, folder)}", nearest_name(_local(text, folder))))
+    return found
+
+
+def nearest_name(path: Path) -> str:
+    """A hint with the most similar name beside `path`, "" when there is none."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"there is no folder {parent}"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def resolve(config: RunConfig, folder: Path, roots: Roots) -> tuple[RunConfig, dict[str, Path]]:
+    """Make every path absolute as the target sees it, and put templates from files in as text.
+
+    folder: of the config file.
+    Returns the config and {path in the config: local file or folder}.
+    """
+    sources: dict[str, Path] = {}
+
+    def source(text: str) -> str:
+        if text.startswith(VOLUME_PREFIX):
+            return str(PurePosixPath(roots.root) / text.removeprefix(VOLUME_PREFIX))
+        if is_hub_name(text, folder):
+            return text
+        local = _local(text, folder).resolve()
+        seen = local if roots.inputs is None else roots.inputs / source_sha256(local) / local.name
+        sources[str(seen)] = local
+        return str(seen)
+
+    def dataset(one: DatasetArgs) -> DatasetArgs:
+        changed: dict[str, Any] = {"path": source(one.path)}
+        if one.eval_path is not None:
+            changed["eval_path"] = source(one.eval_path)
+        if one.chat_template is not None and one.chat_template.endswith(".jinja"):
+            changed["chat_template"] = _local(one.chat_template, folder).read_text(encoding="utf-8")
+        return one.model_copy(update=changed)
+
+    training = config.training
+    if training.output_dir is not None:
+        base = folder.resolve() if roots.inputs is None else roots.root
+        training = training.model_copy(update={"output_dir": str(base / Path(training.output_dir).expanduser())})
+    resolved = config.model_copy(
+        update={
+            "opensloth": _resolve_opensloth(config.opensloth, folder, roots),
+            "dataset": None if config.dataset is None else [dataset(one) for one in config.dataset],
+            "training": training,
+        }
+    )
+    return resolved, sources
+
+
+def _resolve_opensloth(opensloth: OpenSlothConfig, folder: Path, roots: Roots) -> OpenSlothConfig:
+    changed: dict[str, Any] = {"data_cache_path": str(roots.cache / Path(opensloth.data_cache_path).expanduser())}
+    if roots.inputs is None:
+        # A model or an adapter beside the file; a hub name stays as it is.
+        model = opensloth.fast_model_args
+        if _local(model.model_name, folder).is_dir():
+            name = str(_local(model.model_name, folder).resolve())
+            changed["fast_model_args"] = model.model_copy(update={"model_name": name})
+        adapter = opensloth.pretrained_lora
+        if adapter is not None and _local(adapter, folder).is_dir():
+            changed["pretrained_lora"] = str(_local(adapter, folder).resolve())
+    return opensloth.model_copy(update=changed)
+
+
+def _local(text: str, folder: Path) -> Path:
+    return folder / Path(text).expanduser()
+
+
+def _sources(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted path, text) of every data source in the values of a file, whatever else is wrong with them."""
+    for prefix, dataset in _datasets(values):
+        for key in ("path", "eval_path"):
+            if isinstance(dataset.get(key), str) and dataset[key]:
+                yield f"{prefix}.{key}", dataset[key]
+
+
+def _templates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for prefix, dataset in _datasets(values):
+        template = dataset.get("chat_template")
+        if isinstance(template, str) and template.endswith(".jinja"):
+            yield f"{prefix}.chat_template", template
+
+
+def _model_folders(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    opensloth = values.get("opensloth")
+    if not isinstance(opensloth, dict):
+        return
+    model = opensloth.get("fast_model_args")
+    name = model.get("model_name") if isinstance(model, dict) else None
+    for path, text in (("fast_model_args.model_name", name), ("pretrained_lora", opensloth.get("pretrained_lora"))):
+        if isinstance(text, str) and text:
+            yield f"opensloth.{path}", text
+
+
+def _datasets(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    dataset = values.get("dataset")
+    if isinstance(dataset, dict):
+        yield "dataset", dataset
+    elif isinstance(dataset, list):
+        yield from ((f"dataset[{i}]", item) for i, item in enumerate(dataset) if isinstance(item, dict))

@@ -1,0 +1,86 @@
+"""Whether a process that wrote down who it is still lives. A pid alone does not tell: pids are reused."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+_PROC: Final = Path("/proc")
+_START_TIME: Final = 22 - 3
+"""Field 22 of /proc/<pid>/stat, counted from the state (field 3), which follows the name in brackets."""
+_SLACK_SECONDS: Final = 5
+"""`ps` rounds start times to seconds, and a process writes its file some time after it started."""
+
+
+def identify_self() -> dict[str, Any]:
+    """What the runner writes into its lock; the launcher's started.json has the same keys."""
+    return {
+        "pid": os.getpid(),
+        "pid_started": _stat_started(os.getpid()),
+        "boot_id": _boot_id(),
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+
+
+def is_alive(record: Mapping[str, Any]) -> bool:
+    """Whether the process of `record` still runs. One on another host cannot be asked: it counts as alive."""
+    if record.get("host") not in (None, socket.gethostname()):
+        return True
+    if record.get("boot_id") not in (None, _boot_id()):
+        return False
+    pid = int(record["pid"])
+    if _PROC.joinpath("self/stat").exists():
+        started = _stat_started(pid)
+        return started is not None and record.get("pid_started") in (None, started)
+    started_at = _ps_started(pid)
+    return started_at is not None and started_at <= float(record["time"]) + _SLACK_SECONDS
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, nearest first; the ranks are in sessions of their own."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children: dict[int, list[int]] = {}
+    for line in listing.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found: list[int] = []
+    queue = [pid]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def _stat_started(pid: int) -> int | None:
+    """Clock ticks from boot to the start of `pid`; None when it is gone or a zombie, or without /proc."""
+    try:
+        text = _PROC.joinpath(str(pid), "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[_START_TIME])
+
+
+def _boot_id() -> str | None:
+    try:
+        return _PROC.joinpath("sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _ps_started(pid: int) -> float | None:
+    """Seconds since the epoch at which `pid` started, by `ps`; None when it is gone or a zombie."""
+    command = ["ps", "-p", str(pid), "-o", "state=,lstart="]
+    shown = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
+    ).stdout.split(maxsplit=1)
+    if len(shown) < 2 or shown[0].startswith("Z"):
+        return None
+    return time.mktime(time.strptime(shown[1].strip(), "%a %b %d %H:%M:%S %Y"))

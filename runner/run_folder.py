@@ -1,0 +1,149 @@
+"""The files of one local run. Read here, and written where the submitting side writes them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from opensloth import contract, run_config
+from opensloth.files import create_json, read_json, write_atomically
+from opensloth.run_config import RunConfig
+from runner.backend import RunStatus
+from runner.errors import NotFoundError
+from runner.event_log import tail_events
+from runner.identity import name_of
+from runner.process import identify_self, is_alive
+from runner.status import AttemptFacts, RunFacts, derive
+
+LAUNCHER_OUTPUT: Final = "launcher.out"
+"""stdout and stderr of the launcher, of all attempts."""
+LOCK_FILE: Final = "submit.lock"
+_OUTPUT_BYTES: Final = 4096
+_POLL_SECONDS: Final = 0.05
+
+
+class RunFolder:
+    """`<root>/runs/<run>`."""
+
+    def __init__(self, path: Path, handle: str) -> None:
+        self.path = path
+        self.handle = handle
+
+    @property
+    def run(self) -> str:
+        return self.path.name
+
+    def exists(self) -> bool:
+        return (self.path / contract.CONFIG_FILE).is_file()
+
+    def require(self) -> None:
+        """Raises NotFoundError when the run is not there (any more)."""
+        if not self.exists():
+            raise NotFoundError(f"{self.handle} is not there (any more)", "oslo list shows what is")
+
+    def config(self) -> RunConfig:
+        """Raises ConfigError when another version wrote it and this one cannot read it."""
+        self.require()
+        return run_config.load((self.path / contract.CONFIG_FILE).read_text())
+
+    def write_config(self, text: str) -> None:
+        write_atomically(self.path / contract.CONFIG_FILE, text.encode())
+
+    # --- attempts ---------------------------------------------------------------------------------
+
+    def attempt_numbers(self) -> list[int]:
+        attempts = self.path / contract.ATTEMPTS_DIR
+        try:
+            return sorted(int(entry.name) for entry in attempts.iterdir() if entry.name.isdigit())
+        except FileNotFoundError:
+            return []
+
+    def attempt_folder(self, number: int) -> Path:
+        return self.path / contract.ATTEMPTS_DIR / str(number)
+
+    def attempt(self, number: int) -> AttemptFacts:
+        folder = self.attempt_folder(number)
+        started = read_json(folder / contract.STARTED_FILE)
+        alive = started is not None and is_alive(started)
+        # Read after the look at the process: one that just left has written its end by now.
+        ended = read_json(folder / contract.ENDED_FILE)
+        return AttemptFacts(number, started, ended, read_json(folder / contract.STOP_FILE), alive)
+
+    # --- the whole run ----------------------------------------------------------------------------
+
+    def status(self, submitting: bool | None = None) -> RunStatus:
+        """submitting: whether somebody is starting it; None: as the lock says.
+
+        Raises NotFoundError when the run is not there.
+        """
+        self.require()
+        if submitting is None:
+            submitting = self.is_being_submitted()
+        numbers = self.attempt_numbers()
+        attempts = [self.attempt(number) for number in dict.fromkeys((*numbers[:1], *numbers[-1:]))]
+        events = tail_events(self.path / contract.EVENTS_FILE, numbers[-1]) if numbers else []
+        final = self.path / contract.FINAL_DIR
+        facts = RunFacts(
+            run=self.run,
+            handle=self.handle,
+            name=name_of(self.run),
+            folder=str(self.path),
+            submitting=submitting,
+            output="" if numbers else self.output_tail(),
+            final=str(final) if final.is_dir() else None,
+        )
+        return derive(facts, attempts, events)
+
+    def output_tail(self) -> str:
+        """The end of what the launcher printed."""
+        try:
+            data = (self.path / LAUNCHER_OUTPUT).read_bytes()
+        except FileNotFoundError:
+            return ""
+        return data[-_OUTPUT_BYTES:].decode(errors="replace")
+
+    def remove(self) -> None:
+        """Take the run away at once, then delete its files."""
+        aside = self.path.with_name(f".{self.run}.{uuid.uuid4().hex[:8]}.deleted")
+        self.path.rename(aside)
+        shutil.rmtree(aside)
+
+    # --- the submit lock --------------------------------------------------------------------------
+
+    def is_being_submitted(self) -> bool:
+        owner = read_json(self.path / LOCK_FILE)
+        return owner is not None and is_alive(owner)
+
+    @contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Hold the run's lock; wait for another who holds it. A lock whose owner is gone is taken over."""
+        me = identify_self() | {"token": uuid.uuid4().hex}
+        lock = self.path / LOCK_FILE
+        while not create_json(lock, me):
+            owner = read_json(lock)
+            if owner is not None and not is_alive(owner):
+                _take_away(lock, owner["token"])
+            else:
+                time.sleep(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _take_away(lock: Path, token: str) -> None:
+    """Remove the lock of a dead owner, unless somebody else was quicker and it is a living one's by now."""
+    aside = lock.with_name(f".{lock.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        lock.rename(aside)
+    except FileNotFoundError:
+        return
+    taken = read_json(aside)
+    if taken is not None and taken["token"] != token:
+        create_json(lock, taken)
+    aside.unlink()
