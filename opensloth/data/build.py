@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import time
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from opensloth import __version__
 from opensloth.data import cache
 from opensloth.data.documents import Document
 from opensloth.data.lock import BuildLock, LockObserver, describe_holder
@@ -179,6 +181,7 @@ def _build_locked(
 def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, report: Report) -> dict[str, Any]:
     """Write the documents of all parts; returns the footer's own fields."""
     _use_threads(config.training.dataset_num_proc)
+    gc.freeze()  # the imported libraries' many objects need not be searched again and again
     model = config.opensloth.fast_model_args
     tokenizer = load_tokenizer(model.model_name, revision=model.revision)
     target = Target.of(tokenizer, model.model_name, model.max_seq_length)
@@ -240,10 +243,10 @@ def _write_part(
     for kept in work.documents():
         to_eval = part.evaluation or is_evaluated(kept.document, part.args.eval_fraction)
         if to_eval and evaluation is not None:
-            evaluation.add(kept.document, number)
+            evaluation.add(kept.document, kept.targets, number)
             into_eval += 1
         else:
-            train.add(kept.document, number)
+            train.add(kept.document, kept.targets, number)
         progress.at(work.counts.read)
     progress.next_part(work.counts.read)
     _warn_of_losses(part.source.name, work.counts, target.max_length, report)
@@ -380,4 +383,5 @@ def _use_threads(count: int | None) -> None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("opensloth", "transformers", "tokenizers", "pyarrow")}
+    others = {name: version(name) for name in ("transformers", "tokenizers", "pyarrow")}
+    return {"opensloth": __version__, **others}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Notes = Callable[[str, str], None]
 """(level, message): says something to the user; level is info or warning."""
 
-BATCH_ROWS = 256
+BATCH_ROWS = 512
 DETECTION_ROWS = 64
 SHOWN_BAD_ROWS = 5
 
@@ -57,6 +57,7 @@ class Kept:
 
     row: Row
     document: Document
+    targets: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,21 @@ class Target:
     """What documents are prepared for: a model's tokenizer and its limits."""
 
     tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     vocabulary: int
     max_length: int
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, model_name: str, max_length: int) -> Target:
-        return cls(tokenizer, vocabulary_size(tokenizer, model_name), max_length)
+        """Raises DataError when the tokenizer makes ids that the model has no row for."""
+        vocabulary = vocabulary_size(tokenizer, model_name)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if largest >= vocabulary:
+            raise DataError(
+                f"'{model_name}': its tokenizer makes ids up to {largest}, its config.json knows {vocabulary} ids",
+                "tokens were added without resizing the model's embeddings: save both together",
+            )
+        return cls(tokenizer, Encoder(tokenizer), vocabulary, max_length)
 
 
 @dataclass
@@ -88,7 +98,6 @@ class SourcePreparation:
         text = self.args.chat_template
         template = resolve_chat_template(text, tokenizer) if text else own_template(tokenizer)
         self.template = ChatTemplate(tokenizer, template) if template else None
-        self.encoder = Encoder(tokenizer)
         self._turns = Turns(self.template, self.args.train_on) if self.template else None
 
     def documents(self) -> Iterator[Kept]:
@@ -106,7 +115,7 @@ class SourcePreparation:
             for batch in _batches(itertools.chain(first, rows), BATCH_ROWS):
                 rendered = self._render_batch(batch, parser)
                 texts = [item for _, item in rendered if isinstance(item, Rendered)]
-                submitted = pool.submit(self.encoder.encode, texts)
+                submitted = pool.submit(self.target.encoder.encode, texts)
                 if waiting:
                     yield from self._finish_batch(*waiting)
                 waiting = (rendered, submitted)
@@ -151,7 +160,7 @@ class SourcePreparation:
         if isinstance(example, Tokens):
             return example
         if isinstance(example, Segments):
-            return self.encoder.of_segments(example)
+            return self.target.encoder.of_segments(example)
         return self._render_chat(example)
 
     def _render_chat(self, chat: Chat) -> Rendered:
@@ -167,16 +176,13 @@ class SourcePreparation:
     ) -> Iterator[Kept]:
         documents = iter(encoded.result())
         for row, item in rendered:
-            found = _document_of(item) if isinstance(item, Tokens) else next(documents)
-            problem = found if isinstance(found, RowProblem) else check_document(found, self.target.vocabulary)
-            if isinstance(problem, RowProblem):
-                self._bad(row, problem)
-                continue
-            assert isinstance(found, Document)
-            if document := self._fitted(row, Document(*(part.astype(np.int32, copy=False) for part in found))):
-                yield Kept(row, document)
+            found = self._checked(item) if isinstance(item, Tokens) else next(documents)
+            if isinstance(found, RowProblem):
+                self._bad(row, found)
+            elif kept := self._fitted(row, found):
+                yield kept
 
-    def _fitted(self, row: Row, document: Document) -> Document | None:
+    def _fitted(self, row: Row, document: Document) -> Kept | None:
         """The document under the length policy; None when nothing is left of it to learn."""
         limit, length = self.target.max_length, len(document.ids)
         if length > limit:
@@ -194,13 +200,23 @@ class SourcePreparation:
         if len(document.ids) < 2:
             self.counts.too_short += 1
             return None
-        if not document.targets:
+        targets = document.targets
+        if not targets:
             self.counts.no_targets += 1
             return None
         self.counts.kept += 1
         self.counts.tokens += len(document.ids)
-        self.counts.target_tokens += document.targets
-        return document
+        self.counts.target_tokens += targets
+        return Kept(row, document, targets)
+
+    def _checked(self, tokens: Tokens) -> Document | RowProblem:
+        """A row that came tokenised; what our own tokenizer makes needs no check."""
+        try:
+            wide = Document(np.array(tokens.ids, dtype=np.int64), np.array(tokens.labels, dtype=np.int64))
+        except OverflowError:
+            return RowProblem("'input_ids' or 'labels' has a number of more than 64 bits")
+        problem = check_document(wide, self.target.vocabulary)
+        return problem or Document(wide.ids.astype(np.int32), wide.labels.astype(np.int32))
 
     def _bad(self, row: Row, problem: RowProblem) -> None:
         if self.args.bad_rows == "error":
@@ -209,13 +225,6 @@ class SourcePreparation:
         if self.counts.bad <= SHOWN_BAD_ROWS:
             more = ", further ones are only counted" if self.counts.bad == SHOWN_BAD_ROWS else ""
             self.note("warning", f"skipped {row.where}: {problem}{more}")
-
-
-def _document_of(tokens: Tokens) -> Document | RowProblem:
-    try:
-        return Document(np.array(tokens.ids, dtype=np.int64), np.array(tokens.labels, dtype=np.int64))
-    except OverflowError:
-        return RowProblem("'input_ids' or 'labels' has a number of more than 64 bits")
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

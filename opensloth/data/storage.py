@@ -44,7 +44,7 @@ class DocumentWriter:
         self._lengths: list[Int32Array] = []
         self._targets: list[Int32Array] = []
         self._sources: list[npt.NDArray[np.int16]] = []
-        self._pending_sources: list[int] = []
+        self._pending_facts: list[tuple[int, int]] = []
         self.documents = self.tokens = self.target_tokens = 0
 
     def __enter__(self) -> DocumentWriter:
@@ -58,9 +58,10 @@ class DocumentWriter:
         else:
             self._stream.close()
 
-    def add(self, document: Document, source: int) -> None:
+    def add(self, document: Document, targets: int, source: int) -> None:
+        """targets: `document.targets`. source: the number of its dataset, whose weight counts."""
         self._pending.append(document)
-        self._pending_sources.append(source)
+        self._pending_facts.append((targets, source))
         self._pending_tokens += len(document.ids)
         if self._pending_tokens >= TOKENS_PER_BATCH:
             self._flush()
@@ -74,14 +75,14 @@ class DocumentWriter:
         labels = np.concatenate([document.labels for document in self._pending])
         columns = [pa.ListArray.from_arrays(starts, pa.array(values)) for values in (ids, labels)]
         self._stream.write_batch(pa.record_batch(columns, names=_SCHEMA.names))
-        targets = np.array([document.targets for document in self._pending], dtype=np.int32)
+        targets, sources = np.array(self._pending_facts, dtype=np.int32).T
         self._lengths.append(lengths)
         self._targets.append(targets)
-        self._sources.append(np.array(self._pending_sources, dtype=np.int16))
+        self._sources.append(sources.astype(np.int16))
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self.target_tokens += int(targets.sum())
-        self._pending, self._pending_sources, self._pending_tokens = [], [], 0
+        self._pending, self._pending_facts, self._pending_tokens = [], [], 0
 
     def _finish(self) -> None:
         self._flush()

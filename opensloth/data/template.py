@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Begin and end of a stretch of text, in characters."""
 
-# Private-use characters stand for contents: no template treats them specially and no real text has them.
+# Private-use characters stand for contents: no template treats them specially.
 FIRST_SENTINEL = 0xF0000
 SENTINELS = re.compile("[\U000f0000-\U000ffffd]")
 _PROBE_USER, _PROBE_ANSWER, _PROBE_NEXT = (chr(FIRST_SENTINEL + i) for i in range(3))

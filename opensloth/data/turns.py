@@ -15,7 +15,8 @@ the row is refused: there is no guess.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ class Turns:
 
     def __init__(self, template: ChatTemplate, train_on: TrainOn) -> None:
         self._template, self._train_on = template, train_on
-        self._layouts: dict[Any, Layout | str] = {}
+        self._layouts: dict[Any, Layout | None] = {}
 
     def render(self, chat: Chat) -> tuple[str, list[Span]]:
         """The whole text, and its target spans in order.
@@ -109,7 +110,9 @@ class Turns:
         text = self._template.render(chat.messages, chat.tools)
         if not wanted and self._train_on != "all":
             return text, []
-        spans = self._by_layout(chat, text) or self._by_prefixes(chat, text)
+        spans = self._by_layout(chat, text)
+        if any(message not in spans for message in wanted):
+            spans = self._by_prefixes(chat, text) | spans
         lost = [message for message in wanted if message not in spans]
         if lost:
             raise RowProblem(f"the template does not show where message {lost[0]} begins and ends: no mask is certain")
@@ -155,24 +158,21 @@ class Turns:
 
     # --- templates without: layouts ---------------------------------------------------------------
 
-    def _by_layout(self, chat: Chat, text: str) -> dict[int, Span] | None:
+    def _by_layout(self, chat: Chat, text: str) -> dict[int, Span]:
         shape = _Shape()
-        if SENTINELS.search(text):
-            return None
         key = tuple(self._outline(message, i, shape) for i, message in enumerate(chat.messages))
         if chat.tools:
             key = (*key, json.dumps(chat.tools, sort_keys=True, default=str))
-        layout = self._layouts.get(key)
-        if layout is None:
+        if key not in self._layouts:
             if len(self._layouts) >= _MAX_LAYOUTS:
                 self._layouts.clear()
             try:
-                layout = _build_layout(self._template, chat, shape, self._sentinel_message)
-            except RowProblem as problem:
-                layout = str(problem)
-            self._layouts[key] = layout
-        if isinstance(layout, str):
-            return None
+                self._layouts[key] = _build_layout(self._template, chat, shape, self._sentinel_message)
+            except RowProblem:  # it takes these contents, but not others in their place
+                self._layouts[key] = None
+        layout = self._layouts[key]
+        if layout is None:
+            return {}
         if layout.text(shape.runs) == text:
             return layout.spans(shape.runs)
         escaped = [json.dumps(run, ensure_ascii=False)[1:-1] for run in shape.runs] if shape.in_calls else []
@@ -181,7 +181,7 @@ class Turns:
             runs = [e if owner < 0 else r for r, e, owner in zip(shape.runs, escaped, shape.owners, strict=True)]
             if layout.text(runs) == text:
                 return layout.spans(runs)
-        return None
+        return {}
 
     def _outline(self, message: Message, index: int, shape: _Shape) -> Any:
         """The message without its runs, as a key; the runs are added to `shape`."""
@@ -191,7 +191,7 @@ class Turns:
                 continue
             value = message[name]
             if name in ("content", "reasoning_content"):
-                parts += (name, tuple(self._cut(value, index, shape)))
+                parts += (name, self._cut(value, index, shape, fill=_is_blank(message, name)))
             elif name == "tool_calls":
                 shape.in_calls = True
                 parts += (name, tuple(self._cut_call(value, index, shape)))
@@ -199,22 +199,29 @@ class Turns:
                 parts += (name, str(value))
         return tuple(parts)
 
-    def _cut(self, content: str, index: int, shape: _Shape) -> Iterator[str | None]:
-        """White space and markup as they are; None for each run of other text, which goes to `shape`."""
-        markup = self._template.markup
-        for piece, is_tag in _pieces(content, markup):
+    def _cut(self, content: str, index: int, shape: _Shape, *, fill: bool) -> tuple[str | None, ...]:
+        """White space and markup as they are; None for each run of other text, which goes to `shape`.
+
+        fill: end with an empty run, so that what has no text has a place all the same.
+        """
+        outline: list[str | None] = []
+        for piece, is_tag in _pieces(content, self._template.markup):
             run = piece.strip()
             if is_tag or not run:
-                yield piece
+                outline.append(piece)
                 continue
-            at = piece.index(run)
-            if at:
-                yield piece[:at]
             shape.runs.append(run)
             shape.owners.append(index)
-            yield None
-            if at + len(run) < len(piece):
-                yield piece[at + len(run) :]
+            if len(run) == len(piece):
+                outline.append(None)
+            else:
+                at = piece.index(run)
+                outline += (piece[:at], None, piece[at + len(run) :])
+        if fill:
+            shape.runs.append("")
+            shape.owners.append(index)
+            outline.append(None)
+        return tuple(outline)
 
     def _cut_call(self, value: Any, index: int, shape: _Shape) -> Iterator[Any]:
         """The structure of tool calls; every text in it is a run, except keys."""
@@ -241,8 +248,8 @@ class Turns:
         for name in sorted(message):
             if name in ("content", "reasoning_content"):
                 scratch = _Shape()
-                pieces = list(self._cut(message[name], 0, scratch))
-                replaced[name] = "".join(next(sentinels) if piece is None else piece for piece in pieces)
+                outline = self._cut(message[name], 0, scratch, fill=_is_blank(message, name))
+                replaced[name] = "".join(next(sentinels) if piece is None else piece for piece in outline)
             elif name == "tool_calls":
                 replaced[name] = _replaced(message[name], sentinels)
         return replaced
@@ -267,6 +274,11 @@ class Turns:
         return spans
 
 
+def _is_blank(message: Message, name: str) -> bool:
+    """Whether nothing would mark the place of this message: it has neither text nor calls."""
+    return name == "content" and "tool_calls" not in message and not message["content"].strip()
+
+
 def _build_layout(
     template: ChatTemplate,
     chat: Chat,
@@ -282,6 +294,8 @@ def _build_layout(
     ends = [*(match.start() for match in found), len(text)]
     literals = [text[begin:end] for begin, end in zip(edges, ends, strict=True)]
     slots = [ord(match.group()) - FIRST_SENTINEL for match in found]
+    if any(slot >= len(shape.runs) for slot in slots):
+        raise RowProblem("a name or a tool holds a private-use character that stands for contents")
     owners = [_owner(shape.owners[slot]) for slot in slots]
     turns = []
     for i, message in enumerate(messages):
@@ -293,7 +307,7 @@ def _build_layout(
             turns.append(Turn(i, begin, Point(places[-1] + 1, 0)))
             continue
         given = _given_before(template, messages[:i], chat.tools, slots[places[0] - 1] if places[0] else None)
-        offset = None if given is None else begin_of_turn(literals[places[0]], given)
+        offset = None if given is None else begin_of_turn(literals[places[0]], *given, template.special_tokens)
         end = _end_of_turn(literals[places[-1] + 1], template.stop)
         if offset is not None and end is not None:
             turns.append(Turn(i, Point(places[0], offset), Point(places[-1] + 1, end)))
@@ -307,36 +321,41 @@ def _owner(owner: int) -> int:
 
 def _given_before(
     template: ChatTemplate, messages: list[Message], tools: list[Any] | None, last_slot: int | None
-) -> str | None:
-    """What the template puts between the last run and the model's answer, when it asks for one.
+) -> tuple[str, str] | None:
+    """What the template puts behind the last run when it asks for an answer, and what when it does not.
 
-    None: in that rendering another run comes last, so that it cannot be compared.
+    None: in these renderings another run comes last, so that they cannot be compared with the whole.
     """
     try:
-        asked = template.render(messages, tools, prompt=True)
+        renderings = [template.render(messages, tools, prompt=prompt) for prompt in (True, False)]
     except RowProblem:
         return None
-    found = list(SENTINELS.finditer(asked))
-    if not found:
-        return asked if last_slot is None else None
-    last = found[-1]
-    return asked[last.end() :] if ord(last.group()) - FIRST_SENTINEL == last_slot else None
+    tails = []
+    for text in renderings:
+        last = next(reversed(list(SENTINELS.finditer(text))), None)
+        slot = ord(last.group()) - FIRST_SENTINEL if last else None
+        if slot != last_slot:
+            return None
+        tails.append(text[last.end() :] if last else text)
+    return tails[0], tails[1]
 
 
-def begin_of_turn(literal: str, given: str) -> int | None:
+def begin_of_turn(literal: str, given: str, closing: str, special_tokens: Sequence[str]) -> int | None:
     """Where in the template's text before an answer the model's own part begins.
 
-    literal: that text in the conversation; given: what ends the prompt at inference. Mostly `given` begins
-    `literal`. A prompt may hold more than an old turn shows (`<think>`): then all of `literal` was given.
-    Else both part at some line or tag, and what follows that line is the model's.
+    literal: that text in the conversation. given: what ends the prompt at inference. closing: the same
+    without asking for an answer, so that the rest of `given` is the answer's header.
+    Mostly `given` begins `literal`. A prompt may hold more than an old turn shows (`<think>`): then all of
+    `literal` was given. Else they part somewhere behind the header: at the line or special token before that.
     """
     if literal.startswith(given):
         return len(given)
     common = common_prefix(literal, given)
     if common == len(literal):
         return common
-    line_end = literal.rfind("\n", 0, common) + 1
-    return line_end if literal[:line_end].strip() else None
+    ends = [at + len(token) for token in special_tokens if (at := literal.rfind(token, 0, common)) >= 0]
+    end = max((literal.rfind("\n", 0, common) + 1, *ends))
+    return end if end > common_prefix(given, closing) else None
 
 
 def _end_of_turn(literal: str, stop: str | None) -> int | None:
@@ -347,17 +366,15 @@ def _end_of_turn(literal: str, stop: str | None) -> int | None:
     return None if at < 0 else at + len(stop)
 
 
-def _pieces(content: str, markup: Any) -> Iterator[tuple[str, bool]]:
+def _pieces(content: str, markup: re.Pattern[str] | None) -> list[tuple[str, bool]]:
     """Contents cut at markup: (piece, whether it is a tag)."""
-    at = 0
-    if markup is not None:
-        for match in markup.finditer(content):
-            if match.start() > at:
-                yield content[at : match.start()], False
-            yield match.group(), True
-            at = match.end()
-    if at < len(content):
-        yield content[at:], False
+    if markup is None or "<" not in content:
+        return [(content, False)]
+    pieces, at = [], 0
+    for match in markup.finditer(content):
+        pieces += [(content[at : match.start()], False), (match.group(), True)]
+        at = match.end()
+    return [(piece, is_tag) for piece, is_tag in (*pieces, (content[at:], False)) if piece]
 
 
 def _replaced(value: Any, sentinels: Iterator[str]) -> Any:
