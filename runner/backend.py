@@ -10,6 +10,8 @@ from typing import Any, Final, Protocol
 
 from opensloth.run_config import RunConfig
 
+LOCAL_SCHEME: Final = "local://"
+"""A handle is a scheme and a run."""
 LAUNCHER_RANK: Final = -1
 """The launcher's lines and events carry this rank."""
 

@@ -19,12 +19,11 @@ from opensloth.contract import Cause
 from opensloth.files import create_json, read_json
 from opensloth.run_config import RunConfig
 from runner import log_files
-from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State
+from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State
 from runner.errors import BusyError, LaunchError
 from runner.process import descendants, is_alive
 from runner.run_folder import LAUNCHER_OUTPUT, RunFolder
 
-SCHEME: Final = "local://"
 DEFAULT_LAUNCHER: Final = (sys.executable, "-m", "opensloth.launch")
 _POLL_SECONDS: Final = 0.02
 _KILL_AFTER_SECONDS: Final = 5.0
@@ -111,7 +110,7 @@ class LocalBackend:
         folder.remove()
 
     def _folder(self, run: str) -> RunFolder:
-        return RunFolder(self._root / contract.RUNS_DIR / run, SCHEME + run)
+        return RunFolder(self._root / contract.RUNS_DIR / run, LOCAL_SCHEME + run)
 
     def _start(self, folder: RunFolder) -> None:
         """Start the launcher and wait until its attempt has started.

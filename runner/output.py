@@ -53,7 +53,9 @@ def yaml_text(value: Any) -> str:
     """A plain value as YAML: keys in the order of the value, no aliases, the same bytes each time."""
     import yaml  # only `render` needs it
 
-    class Dumper(yaml.SafeDumper):
+    base: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+    class Dumper(base):  # type: ignore[misc]
         def ignore_aliases(self, data: Any) -> bool:
             return True
 

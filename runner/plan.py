@@ -9,7 +9,27 @@ from typing import Any
 from opensloth.arithmetic import BatchShape, StepPlan, batch_shape, plan_warnings, step_plan
 from opensloth.run_config import RunConfig
 from runner.spec import JobArgs
-from runner.training_side import BuiltData
+
+
+@dataclass(frozen=True)
+class BuiltData:
+    """The result event of `python -m opensloth.data build`; counts are of one epoch after weights."""
+
+    path: str
+    reused: bool
+    """Whether it was in the cache already."""
+    documents: int
+    target_tokens: int
+    rows: int
+    """Packed rows; documents where packing is off."""
+    row_fill: float
+    """Share of the rows' tokens that are no padding."""
+    eval_documents: int
+    sources: list[dict[str, Any]]
+
+    @classmethod
+    def from_event(cls, event: Mapping[str, Any]) -> BuiltData:
+        return cls(**{name: event[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

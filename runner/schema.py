@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, create_model
 
@@ -25,7 +25,7 @@ def file_schema() -> dict[str, Any]:
         "oslo",
         __base__=Section,
         name=(str, Field(default="the file's stem", pattern=NAME_PATTERN)),
-        training_type=(OpenSlothConfig.model_fields["training_type"].annotation, "sft"),
+        training_type=(Literal["sft", "dpo", "kto", "orpo"], "sft"),
         opensloth=(OpenSlothConfig, ...),
         dataset=(DatasetArgs | list[DatasetArgs] | None, None),
         training=(TrainingArguments | None, None),

@@ -9,35 +9,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 from opensloth.contract import Cause
 from runner.errors import MissingExtraError, RunnerError, UsageError
+from runner.plan import BuiltData
 
 _NEEDED: Final = ("torch", "transformers", "peft", "datasets", "accelerate", "pyarrow")
 Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BuiltData:
-    """The result event of `python -m opensloth.data build`; counts are of one epoch after weights."""
-
-    path: str
-    reused: bool
-    """Whether it was in the cache already."""
-    documents: int
-    target_tokens: int
-    rows: int
-    """Packed rows; documents where packing is off."""
-    row_fill: float
-    """Share of the rows' tokens that are no padding."""
-    eval_documents: int
-    sources: list[dict[str, Any]]
-
-    @classmethod
-    def from_event(cls, event: Event) -> BuiltData:
-        return cls(**{name: event[name] for name in cls.__dataclass_fields__})
 
 
 def has_train_extra() -> bool:

@@ -13,10 +13,9 @@ from typing import Any, Final, TypeVar
 import click
 
 from opensloth import contract
-from runner.backend import Backend
+from runner.backend import LOCAL_SCHEME, Backend
 from runner.errors import NotFoundError, UsageError
 from runner.identity import name_of
-from runner.local import DEFAULT_LAUNCHER, SCHEME, LocalBackend
 
 DEFAULTS_ENV: Final = "OSLO_DEFAULTS"
 DEFAULTS_FILE: Final = "~/.config/oslo/defaults.yaml"
@@ -28,12 +27,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Settings:
     """What commands take from outside.
 
-    root: the root folder, absolute; defaults: the defaults file, None when there is none.
+    root: the root folder, absolute; defaults: the defaults file, None when there is none;
+    launcher: the command that local runs are started with, None: opensloth's.
     """
 
     root: Path
     defaults: Path | None
-    launcher: Sequence[str] = DEFAULT_LAUNCHER
+    launcher: Sequence[str] | None = None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
@@ -45,8 +45,10 @@ class Settings:
         return cls(root, usual if usual.exists() else None)
 
     @property
-    def backend(self) -> LocalBackend:
-        return LocalBackend(self.root, self.launcher)
+    def backend(self) -> Backend:
+        from runner.local import DEFAULT_LAUNCHER, LocalBackend  # 25 ms that `render` need not pay
+
+        return LocalBackend(self.root, self.launcher or DEFAULT_LAUNCHER)
 
 
 def settings() -> Settings:
@@ -114,11 +116,11 @@ def find_run(backend: Backend, job: str) -> str:
     """
     if job.startswith(CLUSTER_SCHEME):
         raise UsageError("jobs on a cluster are not in this version", "handles begin with local://")
-    wanted = job.removeprefix(SCHEME)
+    wanted = job.removeprefix(LOCAL_SCHEME)
     runs = backend.runs()
     if wanted in runs:
         return wanted
-    of_name = [run for run in runs if name_of(run) == wanted] if not job.startswith(SCHEME) else []
+    of_name = [run for run in runs if name_of(run) == wanted] if not job.startswith(LOCAL_SCHEME) else []
     if of_name:
         return max(of_name, key=lambda run: (backend.get(run).started or float("inf"), run))
     names = sorted({*runs, *map(name_of, runs)})

@@ -9,13 +9,12 @@ import click
 from opensloth import run_config
 from opensloth.fingerprint import file_sha256, source_sha256
 from runner import output
-from runner.backend import LogLine, LogQuery, Outcome
+from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome
 from runner.commands import watching
 from runner.commands.common import confirm, file_argument, json_option, set_option, settings, yes_option
 from runner.config_file import LoadedFile, Target, load_file
 from runner.errors import UsageError
 from runner.identity import content_hash, latest_of_content, next_fresh, run_id
-from runner.local import DEFAULT_LAUNCHER, SCHEME
 from runner.plan import build_plan, plan_text
 from runner.training_side import require_train_extra
 
@@ -45,7 +44,7 @@ def submit(file: Path, local: bool, follow: bool, sets: tuple[str, ...], fresh: 
         next_step = f"oslo submit {file} --local trains here; oslo render {file} prints the object for kubectl"
         raise UsageError("submitting to a cluster is not in this version", next_step)
     now = settings()
-    if tuple(now.launcher) == DEFAULT_LAUNCHER:
+    if now.launcher is None:
         require_train_extra("training on this machine")
     loaded = load_file(file, sets, now.defaults, Target(now.root))
     backend = now.backend
@@ -53,7 +52,7 @@ def submit(file: Path, local: bool, follow: bool, sets: tuple[str, ...], fresh: 
     output.say(plan_text(build_plan(run, loaded.run, None, None, loaded.origins)))
     confirm("Submit?", yes)
     outcome = backend.submit(run, run_config.dump(loaded.run))
-    handle = SCHEME + run
+    handle = LOCAL_SCHEME + run
     output.say(f"{handle} {_SAID[outcome]}")
     if outcome is not Outcome.ALREADY_SUCCEEDED and not follow:
         output.say(f"  oslo logs -f {handle}\n  oslo status {handle}\n  oslo cancel {handle}")

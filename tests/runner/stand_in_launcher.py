@@ -22,7 +22,7 @@ from opensloth.files import create_json, read_json, write_json
 def main() -> int:
     options, run = json.loads(sys.argv[1]), Path(sys.argv[2])
     if options.get("refuse"):
-        print("no room on the device")
+        sys.stderr.write("no room on the device\n")
         return 1
     time.sleep(options.get("start_seconds", 0))
     folder, number = next_attempt(run)

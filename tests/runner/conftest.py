@@ -1,0 +1,74 @@
+"""`oslo` in this process with a launcher that does not train, and files that pass the check."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import run
+from runner.commands.common import Settings
+from runner.local import LocalBackend
+
+STAND_IN = Path(__file__).with_name("stand_in_launcher.py")
+SMALLEST = "opensloth: {fast_model_args: {model_name: a/b}}\ndataset: {path: train.jsonl}\n"
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def handle(self) -> str:
+        """The last line of stdout."""
+        return self.out.splitlines()[-1]
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def launcher_command(**options: Any) -> Sequence[str]:
+    return (sys.executable, str(STAND_IN), json.dumps(options))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A root folder; launchers that still run at the end of a test are killed."""
+    root = tmp_path / "root"
+    yield root
+    backend = LocalBackend(root)
+    for status in backend.list_runs():
+        if not status.state.is_over:
+            backend.cancel(status.run, force=True)
+
+
+@pytest.fixture
+def oslo(root: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """oslo("status", "sft", steps=3): run a command; keywords are the stand-in's options."""
+
+    def call(*arguments: object, defaults: Path | None = None, **options: Any) -> Answer:
+        capfd.readouterr()
+        settings = Settings(root, defaults, launcher_command(**options))
+        code = run([str(argument) for argument in arguments], obj=settings)
+        captured = capfd.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Path:
+    """The smallest config file, with its data."""
+    (tmp_path / "train.jsonl").write_text('{"messages": []}\n')
+    file = tmp_path / "sft.yaml"
+    file.write_text(SMALLEST)
+    return file
+
+
