@@ -243,11 +243,16 @@ def _classify(code: int, ranks: int, attempt: Attempt, torchrun_says: str) -> En
     cause = attempt.stop_cause()
     if cause:
         return Ending(cause, f"{cause}; the ranks had to be killed, the last checkpoint stands")
-    silent = [rank for rank, outcome in outcomes.items() if outcome is None]
-    names = re.findall(r"Signal \d+ \((SIG\w+)\)", torchrun_says)
-    name = names[0] if names else "no signal known"
-    who = f"rank {silent[0]}" if silent else "torchrun"
-    return Ending(Cause.KILLED, f"{who} was killed ({name})", _memory_hint(name))
+    victim, number = _first_killed(torchrun_says) or ("torchrun", -code)
+    name = signal.Signals(number).name if number > 0 else f"exit code {code}"
+    return Ending(Cause.KILLED, f"{victim} was killed ({name})", _memory_hint(name))
+
+
+def _first_killed(torchrun_says: str) -> tuple[str, int] | None:
+    """The rank that torchrun calls the root cause, and the signal that ended it."""
+    root_cause = torchrun_says.partition("Root Cause")[2]
+    found = re.search(r"rank\s*: (\d+).*?exitcode\s*: -(\d+)", root_cause, re.DOTALL)
+    return (f"rank {found[1]}", int(found[2])) if found else None
 
 
 def _memory_hint(signal_name: str) -> str:

@@ -39,7 +39,12 @@ def transformers_arguments(training: TrainingArguments, output_dir: Path, run_na
         shared.pop(own, None)
     shared |= {"output_dir": str(output_dir), "run_name": training.run_name or run_name}
     shared |= {"report_to": training.reporters() or "none", "disable_tqdm": True}
-    return transformers.TrainingArguments(**shared)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would warn that ranks were not started for its own Trainer
+    try:
+        return transformers.TrainingArguments(**shared)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 class Reporting:

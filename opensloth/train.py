@@ -190,6 +190,7 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     folder = run / contract.ATTEMPTS_DIR / str(attempt)
     _redirect_output(folder / contract.RANK_LOG.format(rank=rank))
+    transformers.logging.disable_progress_bar()  # a log is no terminal
     cause, message, hint = Cause.SUCCEEDED, "", ""
     try:
         run_rank(run, attempt)
