@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, create_model
+from pydantic import ConfigDict, Field
 
 from opensloth import opensloth_config
 from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig, Section, TrainingArguments
@@ -19,19 +19,22 @@ from runner.spec import JobArgs
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
+class _File(Section):
+    """The config file of oslo: one fine-tuning run."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(title="oslo")
+
+    name: str = Field("the file's stem", pattern=NAME_PATTERN)
+    training_type: Literal["sft", "dpo", "kto", "orpo"] = "sft"
+    opensloth: OpenSlothConfig
+    dataset: DatasetArgs | list[DatasetArgs] | None = None
+    training: TrainingArguments | None = None
+    job: JobArgs | None = None
+
+
 def file_schema() -> dict[str, Any]:
     """The schema; descriptions are the docstrings of the fields."""
-    file = create_model(
-        "oslo",
-        __base__=Section,
-        name=(str, Field(default="the file's stem", pattern=NAME_PATTERN)),
-        training_type=(Literal["sft", "dpo", "kto", "orpo"], "sft"),
-        opensloth=(OpenSlothConfig, ...),
-        dataset=(DatasetArgs | list[DatasetArgs] | None, None),
-        training=(TrainingArguments | None, None),
-        job=(JobArgs | None, None),
-    )
-    schema = {"$schema": _DIALECT, **file.model_json_schema()}
+    schema = {"$schema": _DIALECT, **_File.model_json_schema()}
     definitions = schema["$defs"]
     for module in (opensloth_config, spec):
         for (owner, field), text in _field_docstrings(module).items():

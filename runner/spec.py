@@ -204,7 +204,12 @@ def check_job(values: object) -> tuple[JobArgs | None, list[Problem]]:
     for key, section in (("volumes", VolumeArgs), ("tolerations", TolerationArgs)):
         if isinstance(values.get(key), list):
             values[key] = _check_items(section, values[key], f"job.{key}", problems)
-    problems += [*_variable_problems(values), *_label_problems(values)]
+    variables = _variable_problems(values)
+    refused = {problem.path for problem in variables}
+    for key in ("env", "secrets"):
+        if isinstance(values.get(key), Mapping):  # less those: the check of types would show their values
+            values[key] = {name: value for name, value in values[key].items() if f"job.{key}.{name}" not in refused}
+    problems += [*variables, *_label_problems(values)]
     job = check_section(JobArgs, values, "job", problems)
     return (None if problems else job), problems
 

@@ -36,7 +36,7 @@ def render(file: Path, sets: tuple[str, ...], form: str) -> None:
     root = Path(SHARED_MOUNT)
     loaded = load_file(file, sets, settings().defaults, Target(root, root / contract.INPUTS_DIR))
     hashes = {seen: source_sha256(local) for seen, local in loaded.sources.items()}
-    content = content_hash(loaded.run, hashes, loaded.job.model_dump(mode="json"))
+    content = content_hash(loaded.run, hashes, loaded.job.model_dump(mode="json", exclude={"context"}))
     run = run_id(loaded.run.name, content)
     manifest = render_pytorchjob(run, loaded.run.name, content, run_config.dump(loaded.run), loaded.job)
     for note in notes(loaded.job):

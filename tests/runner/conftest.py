@@ -1,41 +1,17 @@
-"""`oslo` in this process with a launcher that does not train, and files that pass the check."""
+"""`oslo` in this process with a launcher that does not train, and a file that passes the check."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_in import SMALLEST, Answer, launcher_command
 
 from runner.cli import run
 from runner.commands.common import Settings
 from runner.local import LocalBackend
-
-STAND_IN = Path(__file__).with_name("stand_in_launcher.py")
-SMALLEST = "opensloth: {fast_model_args: {model_name: a/b}}\ndataset: {path: train.jsonl}\n"
-
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def handle(self) -> str:
-        """The last line of stdout."""
-        return self.out.splitlines()[-1]
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-def launcher_command(**options: Any) -> Sequence[str]:
-    return (sys.executable, str(STAND_IN), json.dumps(options))
 
 
 @pytest.fixture
@@ -70,5 +46,3 @@ def sft(tmp_path: Path) -> Path:
     file = tmp_path / "sft.yaml"
     file.write_text(SMALLEST)
     return file
-
-

@@ -69,7 +69,13 @@ def test_numbers_come_from_the_last_events() -> None:
 
 def test_a_run_that_is_over_has_no_eta_and_only_success_has_a_result() -> None:
     failed = derive(facts(final="/r/final"), [attempt(ended=ended(Cause.ERROR))], [STEP])
-    assert (failed.eta, failed.final, failed.reason, failed.hint, failed.ended) == (None, None, "why", "what next", 160.0)
+    assert (failed.eta, failed.final, failed.reason, failed.hint, failed.ended) == (
+        None,
+        None,
+        "why",
+        "what next",
+        160.0,
+    )
     succeeded = derive(facts(final="/r/final"), [attempt(ended=ended(Cause.SUCCEEDED))], [STEP])
     assert succeeded.final == "/r/final"
 

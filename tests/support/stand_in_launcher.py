@@ -2,13 +2,14 @@
 
 usage: stand_in_launcher.py OPTIONS_JSON RUN_DIR
 options: steps, step_seconds, start_seconds, prepare_seconds; fail_at {step: message}; refuse: exit before starting;
-ranks; ignore_stop: never look at stop.json.
+ranks; ignore_stop: never look at stop.json; child: start a process in a session of its own.
 """
 
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,9 @@ def main() -> int:
     identity = {"pid": os.getpid(), "pid_started": int(stat.rpartition(")")[2].split()[19])}
     identity["boot_id"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     write_json(folder / contract.STARTED_FILE, identity | {"host": socket.gethostname(), "time": time.time()})
+    if options.get("child"):
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        (run / "child.pid").write_text(str(child.pid))
     launcher = Events(run / contract.EVENTS_FILE, rank=-1, attempt=number)
     launcher.emit("phase", phase="data")
     wait(options.get("prepare_seconds", 0), folder, options)

@@ -1,0 +1,166 @@
+"""Good and bad files, each with its exact message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from config_cases import BAD_CASES, GOOD_CASES, Case
+from golden import assert_golden
+
+from runner.config_file import LoadedFile, Target, load_file
+from runner.errors import InvalidFileError
+
+DOC = Path(__file__).parents[2] / "docs" / "config-errors.md"
+SHARED = Path("/shared")
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("{}\n")
+
+
+def load(case: Case) -> LoadedFile:
+    Path("sft.yaml").write_text(case.text)
+    defaults = None
+    if case.defaults is not None:
+        defaults = Path("defaults.yaml")
+        defaults.write_text(case.defaults)
+    target = Target(SHARED, SHARED / "inputs") if case.cluster else Target(Path("/root-of-tests"))
+    return load_file(Path("sft.yaml"), case.sets, defaults, target)
+
+
+@pytest.mark.parametrize("case", GOOD_CASES, ids=lambda case: case.title)
+def test_good_files(case: Case) -> None:
+    assert load(case).run.name == "sft"
+
+
+@pytest.mark.parametrize("case", BAD_CASES, ids=lambda case: case.title)
+def test_bad_files(case: Case) -> None:
+    with pytest.raises(InvalidFileError) as caught:
+        load(case)
+    assert [line.strip() for line in str(caught.value).splitlines()] == case.says
+    assert caught.value.exit_code == 2
+
+
+def test_the_docs_have_every_case() -> None:
+    assert_golden(DOC, as_markdown())
+
+
+def test_paths_are_made_absolute(tmp_path: Path) -> None:
+    loaded = load(Case("", GOOD_CASES[0].text + "training: {output_dir: out}\n"))
+    assert loaded.run.dataset is not None
+    assert loaded.run.dataset[0].path == str(tmp_path / "train.jsonl")
+    assert loaded.run.opensloth.data_cache_path == "/root-of-tests/cache"
+    assert loaded.run.training.output_dir == str(tmp_path / "out")
+    assert loaded.sources == {str(tmp_path / "train.jsonl"): tmp_path / "train.jsonl"}
+
+
+def test_on_a_cluster_local_data_is_named_by_its_hash() -> None:
+    text = GOOD_CASES[0].text.replace("}\n", "}\n", 1) + "job: {image: i, volume: v, gpus_per_node: 2}\n"
+    loaded = load(Case("", text, cluster=True))
+    assert loaded.run.dataset is not None
+    digest = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    assert loaded.run.dataset[0].path == f"/shared/inputs/{digest}/train.jsonl"
+    assert loaded.run.opensloth.data_cache_path == "/shared/cache"
+    assert loaded.run.opensloth.devices == [0, 1]
+
+
+def test_a_path_of_the_volume() -> None:
+    text = "opensloth: {fast_model_args: {model_name: a/b}}\ndataset: {path: 'pvc:d/x.jsonl'}\njob: {image: i, volume: v}\n"
+    loaded = load(Case("", text, cluster=True))
+    assert loaded.run.dataset is not None
+    assert loaded.run.dataset[0].path == "/shared/d/x.jsonl"
+
+
+def test_a_template_file_is_read(tmp_path: Path) -> None:
+    Path("chat.jinja").write_text("{{ messages }}")
+    loaded = load(Case("", GOOD_CASES[0].text, sets=("dataset.chat_template=chat.jinja",)))
+    assert loaded.run.dataset is not None
+    assert loaded.run.dataset[0].chat_template == "{{ messages }}"
+
+
+def test_origins() -> None:
+    case = Case(
+        "",
+        GOOD_CASES[0].text + "job:\n  nodes: 2\n  env: {A: x}\n",
+        sets=("job.gpus_per_node=4", "training.seed=7"),
+        defaults="job:\n  image: i\n  nodes: 9\n  env: {A: y, B: z}\n",
+    )
+    loaded = load(case)
+    assert (loaded.job.nodes, loaded.job.gpus_per_node, loaded.job.env) == (2, 4, {"A": "x", "B": "z"})
+    origins = loaded.origins
+    assert origins["job.nodes"] == "sft.yaml:4"
+    assert origins["job.image"] == "defaults.yaml:2"
+    assert origins["job.env.A"] == "sft.yaml:5"
+    assert origins["job.env.B"] == "defaults.yaml:4"
+    assert origins["job.gpus_per_node"] == "--set job.gpus_per_node=4"
+    assert origins["training.seed"] == "--set training.seed=7"
+    assert loaded.run.training.seed == 7
+
+
+def test_a_secret_in_a_set_is_never_shown() -> None:
+    secret = "hf_" + "a1B2" * 8
+    for argument in (f"job.env.NAME={secret}", f"job.env={{NAME: {secret}}}", f"training.hub_token={secret}"):
+        with pytest.raises(InvalidFileError) as caught:
+            load(Case("", GOOD_CASES[0].text, sets=(argument,)))
+        assert secret not in str(caught.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    Path("sft.yml").write_text("")
+    with pytest.raises(InvalidFileError, match=r"cannot be read: No such file or directory \(did you mean sft.yml\?\)"):
+        load_file(Path("sft.yaml"), (), None, Target(SHARED))
+
+
+def test_a_file_that_is_not_utf8() -> None:
+    Path("sft.yaml").write_bytes(b"a: 1\nb: \xff\n")
+    with pytest.raises(InvalidFileError, match="line 2: byte 0xff is not UTF-8"):
+        load_file(Path("sft.yaml"), (), None, Target(SHARED))
+
+
+@pytest.mark.parametrize(
+    ("text", "exists"),
+    [("OWNER/NAME", True), ("imdb", True), ("data/NAME", False), ("NAME.jsonl", False), ("./x", False)],
+)
+def test_what_counts_as_a_hub_name(text: str, exists: bool) -> None:
+    Path("data").mkdir()
+    case = Case("", f"opensloth: {{fast_model_args: {{model_name: a/b}}}}\ndataset: {{path: {text}}}\n")
+    if exists:
+        assert load(case).sources == {}
+    else:
+        with pytest.raises(InvalidFileError, match="no such file or folder"):
+            load(case)
+
+
+def as_markdown() -> str:
+    lines = [
+        "# Config files and what oslo says to them",
+        "",
+        "Generated from the tests (tests/support/config_cases.py). Beside each `sft.yaml` lies a `train.jsonl`.",
+        "A file with problems ends every command with exit code 2; all problems are said at once.",
+        "",
+        "## Files with problems",
+    ]
+    for case in BAD_CASES:
+        lines += [*_head(case), "```text", *(_indented(case.says)), "```"]
+    lines += ["", "## Files without problems"]
+    for case in GOOD_CASES:
+        lines += _head(case)
+    return "\n".join(lines) + "\n"
+
+
+def _head(case: Case) -> list[str]:
+    lines = ["", f"### {case.title}", "", "```yaml", *case.text.rstrip("\n").split("\n"), "```"]
+    if case.defaults is not None:
+        lines += ["", "with this defaults.yaml:", "", "```yaml", *case.defaults.rstrip("\n").split("\n"), "```"]
+    if case.sets:
+        lines += ["", "with " + " ".join(f"`--set '{argument}'`" for argument in case.sets) + ":"]
+    if case.cluster:
+        lines += ["", "for a cluster (`oslo render`):"]
+    return [*lines, ""] if not case.is_good else lines
+
+
+def _indented(says: list[str]) -> list[str]:
+    return [says[0], *(f"  {line}" for line in says[1:])]
