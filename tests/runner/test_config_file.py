@@ -68,8 +68,8 @@ def test_on_a_cluster_local_data_is_named_by_its_hash() -> None:
 
 
 def test_a_path_of_the_volume() -> None:
-    text = "opensloth: {fast_model_args: {model_name: a/b}}\ndataset: {path: 'pvc:d/x.jsonl'}\njob: {image: i, volume: v}\n"
-    loaded = load(Case("", text, cluster=True))
+    text = "opensloth: {fast_model_args: {model_name: a/b}}\ndataset: {path: 'pvc:d/x.jsonl'}\n"
+    loaded = load(Case("", f"{text}job: {{image: i, volume: v}}\n", cluster=True))
     assert loaded.run.dataset is not None
     assert loaded.run.dataset[0].path == "/shared/d/x.jsonl"
 

@@ -238,9 +238,9 @@ def test_force_kills_who_does_not_listen(root: Path, monkeypatch: pytest.MonkeyP
 def test_delete_refuses_while_it_runs(root: Path) -> None:
     local = backend(root, steps=1, step_seconds=30)
     local.submit(RUN, config_text())
-    with pytest.raises(BusyError, match="is preparing|is running"):
+    with pytest.raises(BusyError, match=r"is (preparing|running)"):
         local.delete(RUN)
-    with pytest.raises(BusyError, match="is preparing|is running"):
+    with pytest.raises(BusyError, match=r"is (preparing|running)"):
         local.resume(RUN)
     local.cancel(RUN, force=True)
     over(local)
