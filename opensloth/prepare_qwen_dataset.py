@@ -64,12 +64,14 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         dataset["chat_template"] = options.chat_template
     root = Path(os.environ.get(ROOT_ENV) or Path.home() / ".oslo")
     model = {"model_name": options.tokenizer_name, "max_seq_length": options.max_seq_length}
-    config, problems = check({
-        "name": "prepare",
-        "opensloth": {"data_cache_path": str(root / DEFAULT_DATA_CACHE_PATH), "fast_model_args": model},
-        "dataset": dataset,
-        "training": {"dataset_num_proc": options.num_proc},
-    })
+    config, problems = check(
+        {
+            "name": "prepare",
+            "opensloth": {"data_cache_path": str(root / DEFAULT_DATA_CACHE_PATH), "fast_model_args": model},
+            "dataset": dataset,
+            "training": {"dataset_num_proc": options.num_proc},
+        }
+    )
     if config is None:
         raise ConfigError(problems)
     return config
@@ -108,7 +110,7 @@ def _link_or_copy(source: str, target: str) -> None:
 def _summary(data: BuiltData, output: Path) -> str:
     share = data.target_tokens / data.tokens
     return (
-        f"{output}: {data.documents} documents, {data.tokens} tokens, {data.target_tokens} of them targets ({share:.0%})\n"
+        f"{output}: {data.documents} documents, {data.tokens} tokens, {share:.0%} of them targets\n"
         f"train on it: OpenSlothConfig(data_cache_path={str(output)!r}, ...)\n"
     )
 

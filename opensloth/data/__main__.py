@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OpenSlothError as error:
         _fail(options, error)
         return EXIT_CODE_OF_CAUSE[error.cause]
+    except BrokenPipeError:  # nobody reads any more
+        return ExitCode.ERROR
     except OSError as error:  # a full disk, a missing right: nothing a traceback would explain
         _fail(options, OpenSlothError(f"{error.filename or 'a file'}: {error.strerror or error}"))
-        return ExitCode.ERROR
-    except BrokenPipeError:
         return ExitCode.ERROR
     return ExitCode.SUCCEEDED
 

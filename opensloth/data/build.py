@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from opensloth import __version__
 from opensloth.data import cache
 from opensloth.data.documents import Document
 from opensloth.data.lock import BuildLock, LockObserver, describe_holder
+from opensloth.data.losses import Report, check_totals, warn_of_losses
 from opensloth.data.pack import best_fit_decreasing
-from opensloth.data.prepare import SourceCounts, SourcePreparation, Target
+from opensloth.data.prepare import SourcePreparation, Target
 from opensloth.data.prepared import EVAL_DIR, TRAIN_DIR, PreparedDataset
 from opensloth.data.sources import Source, open_source
 from opensloth.data.storage import DocumentWriter
@@ -32,12 +33,6 @@ PREPARATION_VERSION = 1
 WAIT_SECONDS = 0.5
 PROGRESS_SECONDS = 0.5
 _KEYED_ARGS = ("format", "columns", "train_on", "overlength", "bad_rows", "num_samples", "weight", "eval_fraction")
-
-
-class Report(Protocol):
-    """Takes events as `opensloth.events.Events.emit` does: note, progress."""
-
-    def __call__(self, event: str, /, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,7 @@ def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, 
             sources.append(_write_part(part, number, target, train, evaluation, progress, report))
     progress.say()
     eval_documents = evaluation.documents if evaluation else 0
-    _check_totals(train.documents, eval_documents, has_eval, sources, report)
+    check_totals(train.documents, eval_documents, has_eval, sources, report)
     return {
         "key": entry_key(aside),
         "name": config.name,
@@ -249,7 +244,7 @@ def _write_part(
             train.add(kept.document, kept.targets, number)
         progress.at(work.counts.read)
     progress.next_part(work.counts.read)
-    _warn_of_losses(part.source.name, work.counts, target.max_length, report)
+    warn_of_losses(part.source.name, work.counts, target.max_length, report)
     return {
         "path": part.source.name,
         "format": work.format,
@@ -289,57 +284,6 @@ class _Progress:
         self._said_at = time.monotonic()
         total = None if self._state.total is None else max(self._state.total, self._state.done)
         self._report("progress", phase="tokenise", done=self._state.done, total=total, unit="rows")
-
-
-def losses(counts: SourceCounts | Mapping[str, int]) -> dict[str, int]:
-    """Rows that did not become documents, by reason, the largest first."""
-    values = asdict(counts) if isinstance(counts, SourceCounts) else counts
-    reasons = {
-        "over max_seq_length": values["dropped_overlength"],
-        "unreadable": values["bad"],
-        "without targets": values["no_targets"],
-        "of one token": values["too_short"],
-    }
-    return {reason: count for reason, count in sorted(reasons.items(), key=lambda item: -item[1]) if count}
-
-
-def _warn_of_losses(name: str, counts: SourceCounts, max_length: int, report: Report) -> None:
-    lost = losses(counts)
-    if lost:
-        listed = ", ".join(f"{count} {reason}" for reason, count in lost.items())
-        much = counts.kept * 2 < counts.read
-        head = "MORE THAN HALF of the rows were dropped" if much else "rows dropped"
-        message = f"{name}: {head}: {sum(lost.values())} of {counts.read} ({listed})"
-        report("note", level="warning", message=message)
-    if counts.truncated:
-        message = (
-            f"{name}: {counts.truncated} rows truncated to {max_length} tokens, {counts.truncated_tokens} tokens lost"
-        )
-        report("note", level="warning", message=message)
-
-
-_ADVICE = {
-    "over max_seq_length": "raise opensloth.fast_model_args.max_seq_length, or set dataset.overlength: truncate",
-    "unreadable": "look at the rows shown above, or set dataset.format and dataset.columns",
-    "without targets": "check dataset.train_on and the roles: there must be assistant messages; see oslo data preview",
-    "of one token": "is this the right column? see oslo data preview",
-}
-
-
-def _check_totals(
-    documents: int, eval_documents: int, has_eval: bool, sources: list[dict[str, Any]], report: Report
-) -> None:
-    if documents == 0:
-        if eval_documents and not any(losses(source) for source in sources):
-            raise DataError("all rows went into the evaluation split", "make dataset.eval_fraction smaller")
-        total: dict[str, int] = {}
-        for source in sources:
-            for reason, count in losses(source).items():
-                total[reason] = total.get(reason, 0) + count
-        listed = ", ".join(f"{count} {reason}" for reason, count in total.items())
-        raise DataError(f"no rows are left to train on: {listed}", _ADVICE[max(total, key=lambda r: total[r])])
-    if has_eval and eval_documents == 0:
-        report("note", level="warning", message="the evaluation split is empty: make dataset.eval_fraction larger")
 
 
 def _built(config: RunConfig, entry: Path, footer: Mapping[str, Any], reused: bool) -> BuiltData:

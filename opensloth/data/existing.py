@@ -14,7 +14,8 @@ from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
-    from opensloth.data.build import BuiltData, Report
+    from opensloth.data.build import BuiltData
+    from opensloth.data.losses import Report
 
 
 def open_existing(config: RunConfig, report: Report) -> BuiltData:

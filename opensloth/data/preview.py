@@ -140,7 +140,7 @@ def _bos_checks(work: SourcePreparation, documents: Sequence[Document]) -> list[
     if bos is None:
         return [Check("BOS", None, "the tokenizer has no BOS token")]
     starts = sum(int(document.ids[0]) == bos for document in documents)
-    double = sum(len(document.ids) > 1 and document.ids[0] == document.ids[1] == bos for document in documents)
+    double = sum(document.ids[:2].tolist() == [bos, bos] for document in documents)
     name = work.target.tokenizer.bos_token
     return [
         Check("one BOS at most", double == 0, f"{double} of {len(documents)} documents begin with two {name}"),
@@ -162,8 +162,7 @@ def as_text(seen: Preview, *, color: bool) -> str:
 
 
 def _source_lines(source: SourcePreview, color: bool) -> Iterator[str]:
-    yield f"{source.path}: format {source.format}"
-    yield from (f"  note: {note}" for note in source.notes)
+    yield from source.notes
     for sample in source.samples:
         yield ""
         yield _dim(f"--- {sample.where}: {sample.tokens} tokens, {sample.target_tokens} targets", color)

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from opensloth.data.documents import IGNORE, Document
 from opensloth.data.encode import Encoder, Rendered
 from opensloth.data.examples import Segments
+from opensloth.data.layout import begin_of_turn
 from opensloth.data.messages import chat_from
 from opensloth.data.rows import RowProblem
 from opensloth.data.template import ChatTemplate
-from opensloth.data.turns import Turns, begin_of_turn
+from opensloth.data.turns import Turns
 from opensloth.errors import DataError
 
 
