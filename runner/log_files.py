@@ -21,6 +21,8 @@ from runner.run_folder import RunFolder
 
 _RANK_FILE: Final = re.compile(re.escape(contract.RANK_LOG).replace(re.escape("{rank}"), r"(\d+)"))
 _POLL_SECONDS: Final = 0.1
+_LAST_WORDS_SECONDS: Final = 2.0
+"""A launcher says how it ended after it has written ended.json: it gets this long to leave."""
 
 
 @dataclass
@@ -134,10 +136,14 @@ def follow(folder: RunFolder, query: LogQuery) -> Iterator[LogLine | None]:
 
 def _follow_attempt(attempt: _Attempt) -> Iterator[LogLine | None]:
     folder, tail = attempt.folder, attempt.query.tail
+    last_words_until: float | None = None
     while True:
         facts = folder.attempt(attempt.number)
-        # Looked at before reading: what it wrote before it ended is read after.
-        over = facts.ended is not None or (facts.started is not None and not facts.alive)
+        if facts.ended is not None and last_words_until is None:
+            last_words_until = time.monotonic() + _LAST_WORDS_SECONDS
+        too_late = last_words_until is not None and time.monotonic() > last_words_until
+        # Looked at before reading: what it wrote before it left is read after.
+        over = (facts.started is not None and not facts.alive) or too_late
         newer = folder.attempt_numbers()[-1:] > [attempt.number]
         lines = attempt.read(to_the_end=over)
         yield from lines

@@ -21,7 +21,7 @@ from opensloth.run_config import check, dump
 from runner.backend import LogQuery, Outcome, RunStatus, State
 from runner.errors import BusyError, LaunchError, NotFoundError
 from runner.local import LocalBackend
-from runner.process import identify_self
+from runner.process import identify_self, is_alive
 
 RUN = "sft-12345678"
 
@@ -45,8 +45,12 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def over(local: LocalBackend, run: str = RUN) -> RunStatus:
+    """Wait until the run is over and its launcher, which still has a word to say then, has left."""
     until(lambda: local.get(run).state.is_over)
-    return local.get(run)
+    status = local.get(run)
+    started = read_json(Path(str(status.folder)) / "attempts" / str(status.attempt) / "started.json")
+    until(lambda: started is None or not is_alive(started))
+    return status
 
 
 def test_a_run_from_start_to_end(root: Path) -> None:
