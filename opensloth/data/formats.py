@@ -72,7 +72,7 @@ def _input_output(values: Values, _: bool) -> Example:
         raise RowProblem("'segments' must be a list of {label, text}")
     pieces = []
     for i, segment in enumerate(segments):
-        if not isinstance(segment, Mapping) or not isinstance(segment.get("label"), bool):
+        if not isinstance(segment, dict) or not isinstance(segment.get("label"), bool):
             raise RowProblem(f"segments[{i}] must have a 'label' that is true or false, and a 'text'")
         pieces.append((text_of(segment.get("text"), f"segments[{i}].text"), segment["label"]))
     return Segments(tuple(pieces), closed=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from opensloth.data.examples import Chat, Message
@@ -14,9 +13,7 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
-_PLACES = {"role": ("role", "from"), "content": ("content", "value")}
 _KEPT = ("name", "tool_call_id")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def chat_from(turns: object, tools: object = None, system: object = None) -> Chat:
@@ -46,9 +43,9 @@ def text_of(value: object, name: str) -> str:
 
 
 def _message(turn: object, i: int) -> Message:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         raise RowProblem(f"message {i} must have a role and a content, got {type(turn).__name__}")
-    role = _first(turn, "role")
+    role = turn.get("role", turn.get("from"))
     if role is None:
         raise RowProblem(f"message {i} has no role; keys found: {', '.join(map(str, turn)) or 'none'}")
     if not isinstance(role, str) or role not in _ROLES:
@@ -57,35 +54,35 @@ def _message(turn: object, i: int) -> Message:
     for key in _KEPT:
         if turn.get(key) is not None:
             message[key] = turn[key]
-    if reasoning := next((turn[key] for key in _REASONING if turn.get(key)), None):
+    if reasoning := turn.get("reasoning_content") or turn.get("thinking") or turn.get("reasoning"):
         message["reasoning_content"] = text_of(reasoning, f"messages[{i}].reasoning_content")
     calls = _json_or_same(turn.get("tool_calls"))
     if calls:
-        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise RowProblem(f"message {i}: 'tool_calls' must be a list of calls")
         message["tool_calls"] = [_tool_call(call, i) for call in calls]
     return message
 
 
-def _content(turn: Mapping[str, Any], i: int) -> Any:
-    content = _first(turn, "content")
+def _content(turn: dict[str, Any], i: int) -> Any:
+    content = turn.get("content", turn.get("value"))
     if isinstance(content, str):
         return content
     if content is None:
-        if turn.get("tool_calls") or any(turn.get(key) for key in _REASONING):
+        if any(turn.get(key) for key in ("tool_calls", "reasoning_content", "thinking", "reasoning")):
             return ""  # what templates can join; null is what OpenAI's format has beside tool calls
         raise RowProblem(f"message {i} has no content")
-    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
         raise RowProblem(f"message {i} has content other than text, which this version does not train on")
     raise RowProblem(f"message {i}: content must be text, got {type(content).__name__}")
 
 
-def _tool_call(call: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _tool_call(call: dict[str, Any], i: int) -> dict[str, Any]:
     """{"type", "function": {"name", "arguments": object}}, the shape that templates expect."""
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowProblem(f"message {i}: a tool call needs a function with a name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -107,17 +104,13 @@ def _tools(tools: object) -> list[Any] | None:
     return tools
 
 
-def _is_trained(turn: Mapping[str, Any], i: int) -> bool:
+def _is_trained(turn: dict[str, Any], i: int) -> bool:
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise RowProblem(f"message {i}: 'train' must be true or false, got {train!r}")
     if weight is not None and weight not in (0, 1):
         raise RowProblem(f"message {i}: 'weight' must be 0 or 1, got {weight!r}")
     return train is not False and weight != 0
-
-
-def _first(turn: Mapping[str, Any], what: str) -> Any:
-    return next((turn[key] for key in _PLACES[what] if turn.get(key) is not None), None)
 
 
 def _json_or_same(value: object) -> object:
