@@ -8,6 +8,7 @@ from typing import Any
 from opensloth.run_config import RunConfig
 from runner import output
 from runner.backend import RunStatus
+from runner.plan import plain
 
 
 def differences(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
@@ -27,7 +28,7 @@ def text(statuses: Sequence[RunStatus], differing: Mapping[str, Mapping[str, Any
             output.state_text(status),
             "-" if status.loss is None else f"{status.loss:.4g}",
             "-" if status.eval_loss is None else f"{status.eval_loss:.4g}",
-            *(str(differing[status.run][key]) for key in keys),
+            *(plain(differing[status.run][key]) for key in keys),
         )
         for status in statuses
     ]

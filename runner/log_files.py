@@ -17,7 +17,7 @@ from runner.backend import LAUNCHER_RANK, LogLine, LogQuery
 from runner.errors import NotFoundError
 from runner.event_lines import render_event
 from runner.event_log import Event, parse_events
-from runner.run_folder import RunFolder
+from runner.run_folder import LAUNCHER_OUTPUT, RunFolder
 
 _RANK_FILE: Final = re.compile(re.escape(contract.RANK_LOG).replace(re.escape("{rank}"), r"(\d+)"))
 _POLL_SECONDS: Final = 0.1
@@ -107,7 +107,9 @@ def read(folder: RunFolder, query: LogQuery) -> Iterator[LogLine]:
     if query.attempt is not None and query.attempt not in numbers:
         has = f"it has {', '.join(map(str, numbers))}" if numbers else "none has started"
         raise NotFoundError(f"{folder.handle} has no attempt {query.attempt}", has)
-    if numbers:
+    if not numbers:  # what the launcher said before it could make an attempt
+        yield from _Source(folder.path / LAUNCHER_OUTPUT, LAUNCHER_RANK).read(to_the_end=True)
+    else:
         number = query.attempt if query.attempt is not None else numbers[-1]
         yield from _Attempt(folder, number, query).read(to_the_end=True)
 

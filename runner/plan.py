@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,9 +101,14 @@ def plan_text(plan: Plan) -> str:
     if plan.steps is not None and plan.target_tokens_per_step is not None:
         rows.append(("step", f"about {plan.target_tokens_per_step:,} target tokens"))
         rows.append(("steps", _steps_text(plan.steps)))
-    rows += [(key, f"{value}  ({source})") for key, (value, source) in plan.origins.items()]
+    rows += [(key, f"{plain(value)}  ({source})") for key, (value, source) in plan.origins.items()]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def plain(value: Any) -> str:
+    """A value as the file would have it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _method(config: RunConfig) -> str:
@@ -110,6 +116,8 @@ def _method(config: RunConfig) -> str:
     if model.full_finetuning:
         return "full fine-tuning"
     bits = " over 4-bit weights" if model.load_in_4bit else " over 8-bit weights" if model.load_in_8bit else ""
+    if model.load_in_4bit and "opensloth.fast_model_args.load_in_4bit" not in config.explicit:
+        bits += " (where there is CUDA)"  # as a default it gives way
     adapter = config.opensloth.lora_args
     return f"LoRA r={adapter.r}{bits}" if adapter else f"LoRA from {config.opensloth.pretrained_lora}{bits}"
 

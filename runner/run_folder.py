@@ -94,18 +94,20 @@ class RunFolder:
             name=name_of(self.run),
             folder=str(self.path),
             submitting=submitting,
-            output="" if numbers else self.output_tail(),
+            last_words=self.last_words(),
             final=str(final) if final.is_dir() else None,
         )
         return derive(facts, attempts, events)
 
-    def output_tail(self) -> str:
-        """The end of what the launcher printed."""
+    def last_words(self) -> str:
+        """The last line that the launcher printed after its last event; "" when there is none."""
         try:
-            data = (self.path / LAUNCHER_OUTPUT).read_bytes()
+            with (self.path / LAUNCHER_OUTPUT).open("rb") as stream:
+                stream.seek(max(0, stream.seek(0, 2) - _OUTPUT_BYTES))
+                lines = stream.read().decode(errors="replace").strip().split("\n")
         except FileNotFoundError:
             return ""
-        return data[-_OUTPUT_BYTES:].decode(errors="replace")
+        return "" if lines[-1].startswith(contract.EVENT_PREFIX) else lines[-1]
 
     def remove(self) -> None:
         """Take the run away at once, then delete its files."""

@@ -37,7 +37,7 @@ def file_schema() -> dict[str, Any]:
     schema = {"$schema": _DIALECT, **_File.model_json_schema()}
     definitions = schema["$defs"]
     for module in (opensloth_config, spec):
-        for (owner, field), text in _field_docstrings(module).items():
+        for (owner, field), text in field_docstrings(module).items():
             if owner in definitions and field in definitions[owner]["properties"]:
                 definitions[owner]["properties"][field]["description"] = text
     _as_in_a_file(definitions)
@@ -55,7 +55,7 @@ def _as_in_a_file(definitions: dict[str, Any]) -> None:
         training[key] = {"const": value, "description": f"Only this value: {why}."}
 
 
-def _field_docstrings(module: ModuleType) -> dict[tuple[str, str], str]:
+def field_docstrings(module: ModuleType) -> dict[tuple[str, str], str]:
     """(class, field) -> the string that stands below the field."""
     found = {}
     for statement in ast.parse(inspect.getsource(module)).body:

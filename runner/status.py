@@ -17,7 +17,8 @@ Record = Mapping[str, Any]
 class RunFacts:
     """What is known of a run.
 
-    submitting: whether somebody is starting it right now. output: the last lines of the launcher's own output.
+    submitting: whether somebody is starting it right now.
+    last_words: the last line that the launcher printed after its last event, a traceback's say; "" when none.
     """
 
     run: str
@@ -25,7 +26,7 @@ class RunFacts:
     name: str
     folder: str
     submitting: bool
-    output: str = ""
+    last_words: str = ""
     final: str | None = None
     """Path of the result, if it is there."""
 
@@ -92,15 +93,17 @@ def _state(run: RunFacts, last: AttemptFacts, events: Sequence[Event]) -> tuple[
     if last.started is None:
         return State.PENDING, {}
     if not last.alive:
-        return _gone(last)
+        return _gone(run, last)
     trains = any(event["event"] == "step" for event in events) or _last(events, "phase", "phase") == "train"
     return (State.RUNNING if trains else State.PREPARING), {}
 
 
-def _gone(last: AttemptFacts) -> tuple[State, Record]:
+def _gone(run: RunFacts, last: AttemptFacts) -> tuple[State, Record]:
     """An attempt whose launcher is gone without a word."""
     if last.stop is not None and last.stop.get("cause") == Cause.CANCELLED:
         return State.CANCELLED, {"cause": Cause.CANCELLED, "message": "cancelled; the launcher was killed"}
+    if run.last_words:
+        return State.FAILED, {"cause": Cause.ERROR, "message": f"the launcher broke off: {run.last_words}"}
     return State.FAILED, {
         "cause": Cause.KILLED,
         "message": f"the launcher (process {last.started['pid'] if last.started else '?'}) was killed: "
@@ -114,13 +117,12 @@ def _without_attempt(run: RunFacts) -> RunStatus:
         state, reason = State.PENDING, "waiting for the launcher to start"
     else:
         state, reason = State.FAILED, "the launcher ended before it had started"
-    last_line = run.output.strip().rpartition("\n")[2]
     return RunStatus(
         run=run.run,
         handle=run.handle,
         name=run.name,
         state=state,
-        reason=f"{reason}: {last_line}" if last_line and state is State.FAILED else reason,
+        reason=f"{reason}: {run.last_words}" if run.last_words and state is State.FAILED else reason,
         cause=Cause.ERROR if state is State.FAILED else None,
         folder=run.folder,
     )

@@ -112,7 +112,7 @@ def verify(file: Path | None, as_json: bool) -> None:
     if as_json:
         output.show_json({"verified": verified})
     else:
-        output.say(f"{len(verified)} datasets are whole")
+        output.say("1 dataset is whole" if len(verified) == 1 else f"{len(verified)} datasets are whole")
 
 
 def _resolved(file: Path, sets: tuple[str, ...]) -> str:

@@ -76,6 +76,7 @@ def test_a_launcher_that_ends_before_it_started_is_quoted(root: Path) -> None:
     status = local.get(RUN)
     assert (status.state, status.attempt) == (State.FAILED, 0)
     assert "no room on the device" in str(status.reason)
+    assert [line.text for line in local.logs(RUN, LogQuery())] == ["no room on the device"]
     assert backend(root, steps=1).submit(RUN, config_text()) is Outcome.STARTED
     assert over(local).state is State.SUCCEEDED
 
@@ -113,6 +114,14 @@ def test_kill_9_is_reported_as_such(root: Path) -> None:
     assert (status.state, status.cause) == (State.FAILED, "killed")
     assert status.reason == f"the launcher (process {pid}) was killed: it is gone and left no word"
     assert local.submit(RUN, config_text()) is Outcome.RESUMED
+
+
+def test_a_launcher_that_breaks_off_is_quoted(root: Path) -> None:
+    local = backend(root, steps=3, crash_at=2)
+    local.submit(RUN, config_text())
+    status = over(local)
+    assert (status.state, status.cause) == (State.FAILED, "error")
+    assert status.reason == "the launcher broke off: ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("change", [{"pid_started": 1}, {"boot_id": "another boot"}])

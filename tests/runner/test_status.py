@@ -88,6 +88,11 @@ def test_says_what_it_waits_for() -> None:
     assert status.reason == "loading the model"
 
 
+def test_a_launcher_that_broke_off_is_quoted() -> None:
+    status = derive(facts(last_words="OSError: no space left"), [attempt(alive=False)], [STEP])
+    assert (status.cause, status.reason) == (Cause.ERROR, "the launcher broke off: OSError: no space left")
+
+
 def test_a_launcher_that_never_started_is_quoted() -> None:
-    status = derive(facts(output="Traceback\nModuleNotFoundError: no torch\n"), [], [])
+    status = derive(facts(last_words="ModuleNotFoundError: no torch"), [], [])
     assert status.reason == "the launcher ended before it had started: ModuleNotFoundError: no torch"

@@ -73,7 +73,8 @@ BAD_CASES = [
             'sft.yaml:4: training.num_train_epochs: expected a number, got "three"',
             "sft.yaml:5: training.per_device_train_batch_size: expected 1 or above, got 0",
             "sft.yaml:6: training.seed: expected a whole number, got 1.5",
-            "sft.yaml:7: training.report_to: expected 'tensorboard', 'wandb', 'mlflow' or 'none' or a list, got \"foo\"",
+            "sft.yaml:7: training.report_to: expected 'tensorboard', 'wandb', 'mlflow' or 'none' or a list, "
+            'got "foo"',
         ],
     ),
     Case(
@@ -160,7 +161,8 @@ BAD_CASES = [
             "3 problems in sft.yaml:",
             "sft.yaml:4: training.fp16: only false is possible: float16 needs loss scaling; use bf16, "
             "or float32 where there is no bf16",
-            "sft.yaml:5: training.deepspeed: not supported: sharding is not there yet; use LoRA, 4-bit or a smaller model",
+            "sft.yaml:5: training.deepspeed: not supported: sharding is not there yet; "
+            "use LoRA, 4-bit or a smaller model",
             "sft.yaml:6: training.warmup_ratio: not supported: use warmup_steps with a number below 1",
         ],
     ),
@@ -225,7 +227,8 @@ BAD_CASES = [
             "sft.yaml:4: job.nodes: expected 1 or above, got 0",
             "sft.yaml:5: job.memory: expected a quantity such as 4, 500m, 64Gi or 200G, got '64GB'",
             "sft.yaml:6: job.deadline: expected text, got 12",
-            "sft.yaml:7: job.labels.opensloth/run: this prefix belongs to oslo or to the training operator (leave it out)",
+            "sft.yaml:7: job.labels.opensloth/run: this prefix belongs to oslo or to the training operator "
+            "(leave it out)",
             "sft.yaml:9: job.volumes[0].hostPath: not supported: a path of the node opens the node to the pod, "
             "and Pod Security forbids it (use a claim)",
             "sft.yaml:10: job.volumes[1]: expected one of claim, config_map, secret; got none",

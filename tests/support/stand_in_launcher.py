@@ -2,7 +2,7 @@
 
 usage: stand_in_launcher.py OPTIONS_JSON RUN_DIR
 options: steps, step_seconds, start_seconds, prepare_seconds; fail_at {step: message}; refuse: exit before starting;
-ranks; ignore_stop: never look at stop.json; child: start a process in a session of its own.
+ranks; crash_at: step; ignore_stop: never look at stop.json; child: start a process in a session of its own.
 """
 
 import json
@@ -65,6 +65,8 @@ def train(options: dict, run: Path, folder: Path, number: int) -> tuple[str, str
         if stop:
             write_json(run / "checkpoint.json", step - 1)
             return stop, f"{stop} at step {step - 1}"
+        if step == options.get("crash_at"):
+            1 / 0  # noqa: B018 a mistake in the launcher itself
         events.emit(
             "step",
             step=step,
