@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from opensloth.run_config import RunConfig, load
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of its outcome's cause."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:

@@ -92,7 +92,8 @@ def _open_parts(datasets: list[DatasetArgs]) -> list[_Part]:
     for args in datasets:
         parts.append(_Part(args, open_source(args), evaluation=False))
         if args.eval_path:
-            parts.append(_Part(args, open_source(args, evaluation=True), evaluation=True))
+            whole = args.model_copy(update={"num_samples": -1})  # the limit is for training
+            parts.append(_Part(whole, open_source(args, evaluation=True), evaluation=True))
     return parts
 
 
@@ -166,14 +167,16 @@ def _build_locked(
     cache.remove_leftovers(entry.parent, entry.name, keep=lock.token)
     aside = entry.with_name(f".{entry.name}.{lock.token}.building")
     try:
-        written = _write(config, parts, aside, lock, report)
+        written = _write(config, parts, aside, entry.name, lock, report)
         return cache.finish_entry(aside, entry, written)
     except BaseException:
         cache.remove_folder(aside)
         raise
 
 
-def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, report: Report) -> dict[str, Any]:
+def _write(
+    config: RunConfig, parts: list[_Part], aside: Path, key: str, lock: BuildLock, report: Report
+) -> dict[str, Any]:
     """Write the documents of all parts; returns the footer's own fields."""
     _use_threads(config.training.dataset_num_proc)
     gc.freeze()  # the imported libraries' many objects need not be searched again and again
@@ -186,8 +189,8 @@ def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, 
     progress = _Progress(lock, report)
     sources, number = [], -1
     with ExitStack() as stack:
-        train = stack.enter_context(DocumentWriter(aside / TRAIN_DIR))
-        evaluation = stack.enter_context(DocumentWriter(aside / EVAL_DIR)) if has_eval else None
+        train = stack.enter_context(DocumentWriter(aside / TRAIN_DIR, key))
+        evaluation = stack.enter_context(DocumentWriter(aside / EVAL_DIR, key)) if has_eval else None
         for part in parts:
             number += not part.evaluation
             sources.append(_write_part(part, number, target, train, evaluation, progress, report))
@@ -195,7 +198,7 @@ def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, 
     eval_documents = evaluation.documents if evaluation else 0
     check_totals(train.documents, eval_documents, has_eval, sources, report)
     return {
-        "key": entry_key(aside),
+        "key": key,
         "name": config.name,
         "created": time.time(),
         "preparation_version": PREPARATION_VERSION,
@@ -212,11 +215,6 @@ def _write(config: RunConfig, parts: list[_Part], aside: Path, lock: BuildLock, 
         "eval_sources": [source for source in sources if source["evaluation"]],
         "versions": _versions(),
     }
-
-
-def entry_key(aside: Path) -> str:
-    """The key in the name `.<key>.<token>.building`."""
-    return aside.name.split(".")[1]
 
 
 def _write_part(

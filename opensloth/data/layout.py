@@ -88,7 +88,7 @@ def build_layout(template: ChatTemplate, chat: Chat, shape: Shape) -> Layout:
             continue
         given = _given_before(template, messages[:i], chat.tools, slots[places[0] - 1] if places[0] else None)
         offset = None if given is None else begin_of_turn(literals[places[0]], *given, template.special_tokens)
-        end = _end_of_turn(literals[places[-1] + 1], template.stop)
+        end = end_of_turn(literals[places[-1] + 1], template.stop)
         if offset is not None and end is not None:
             turns.append(Turn(i, Point(places[0], offset), Point(places[-1] + 1, end)))
     return Layout(literals, slots, turns)
@@ -133,7 +133,7 @@ def begin_of_turn(literal: str, given: str, closing: str, special_tokens: Sequen
     return end if end > common_prefix(given, closing) else None
 
 
-def _end_of_turn(literal: str, stop: str | None) -> int | None:
+def end_of_turn(literal: str, stop: str | None) -> int | None:
     """Where in the template's text after an answer's last run the turn ends."""
     if stop is None:
         return 0

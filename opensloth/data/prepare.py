@@ -32,6 +32,7 @@ Notes = Callable[[str, str], None]
 BATCH_ROWS = 512
 DETECTION_ROWS = 64
 SHOWN_BAD_ROWS = 5
+_MAY_BE_UNSEEN = ("reasoning_content", "tool_calls")
 
 
 @dataclass
@@ -92,6 +93,7 @@ class SourcePreparation:
     note: Notes
     counts: SourceCounts = field(default_factory=SourceCounts)
     format: str = ""
+    _noted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         tokenizer = self.target.tokenizer
@@ -165,11 +167,22 @@ class SourcePreparation:
 
     def _render_chat(self, chat: Chat) -> Rendered:
         assert self._turns is not None
-        assert self.template is not None
+        assert self.template is not None  # the parser made sure
+        self._note_unseen(chat, self.template)
         text, spans = self._turns.render(chat)
         # A template that ends no turn leaves the end of the answer to the end-of-sequence token.
         ends_open = self.template.stop is None and bool(spans) and spans[-1][1] >= len(text.rstrip())
         return Rendered(text, spans, eos=ends_open)
+
+    def _note_unseen(self, chat: Chat, template: ChatTemplate) -> None:
+        """Say once what rows have and the template does not look at."""
+        present = {key for message in chat.messages for key in message if key in _MAY_BE_UNSEEN}
+        if chat.tools:
+            present.add("tools")
+        for key in sorted(present - self._noted):
+            self._noted.add(key)
+            if not template.looks_at(key):
+                self.note("warning", f"{self.source.name}: the chat template does not show '{key}': it is lost")
 
     def _finish_batch(
         self, rendered: list[tuple[Row, Rendered | Tokens]], encoded: Future[list[Document | RowProblem]]

@@ -59,7 +59,8 @@ class PreparedDataset:
             lengths = np.load(place / LENGTHS_FILE, mmap_mode="r")
             targets = np.load(place / TARGETS_FILE, mmap_mode="r")
             opened = cls(files, lengths, targets, footer)
-            opened._sources = np.load(place / SOURCES_FILE, mmap_mode="r")
+            if part == TRAIN_DIR:  # evaluation sees every document once
+                opened._sources = np.load(place / SOURCES_FILE, mmap_mode="r")
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(
                 f"{place}: this prepared dataset is damaged ({error})", "prepare it again: oslo data build"

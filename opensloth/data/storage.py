@@ -34,8 +34,10 @@ _FEATURES = {name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "L
 class DocumentWriter:
     """Writes documents in batches; memory does not grow with their number, but for 10 bytes each."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """fingerprint: names the content, for the caches of `datasets`."""
         folder.mkdir(parents=True)
+        self._fingerprint = fingerprint
         self._folder = folder
         schema = _SCHEMA.with_metadata({"huggingface": json.dumps({"info": {"features": _FEATURES}})})
         self._stream = pa.ipc.new_stream(str(folder / ARROW_FILE), schema)
@@ -92,7 +94,7 @@ class DocumentWriter:
         np.save(self._folder / SOURCES_FILE, _all(self._sources, np.int16))
         state: dict[str, Any] = {
             "_data_files": [{"filename": ARROW_FILE}],
-            "_fingerprint": "oslo",
+            "_fingerprint": self._fingerprint,
             "_format_columns": None,
             "_format_kwargs": {},
             "_format_type": None,

@@ -49,6 +49,10 @@ class ChatTemplate:
         self.stop, self.stop_is_special = self._probe_stop()
         self.markup = self._markup()
 
+    def looks_at(self, key: str) -> bool:
+        """Whether the template's code mentions a key of messages, or a variable."""
+        return key in self.text or (key == "reasoning_content" and self._rename_reasoning)
+
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """prompt: add what a model is given before its answer.
 

@@ -132,6 +132,10 @@ def test_overlong_rows(tmp_path: Path, built: Build, events: Events) -> None:
     # The start is kept; of the last row, only the prompt: it has no targets left.
     assert (cut["kept"], cut["truncated"], cut["no_targets"]) == (5, 3, 1)
     assert PreparedDataset.open(result.path).lengths.max() == 50
+    exact = built(path, max_seq_length=len(PreparedDataset.open(result.path).row(0)[0]))
+    assert exact.documents == 3
+    with pytest.raises(DataError, match="no rows are left to train on"):
+        built(path, max_seq_length=exact.tokens // 3 - 1)
     with pytest.raises(DataError, match=r"a\.jsonl:4: \d+ tokens, over max_seq_length 50\n  raise"):
         built(path, max_seq_length=50, overlength="error")
 
@@ -270,6 +274,19 @@ def test_what_no_prompt_gives_is_learned(tmp_path: Path, built: Build, base_fold
     assert make_tokenizer().decode(ids[labels != IGNORE]) == "[assistant]b</s>"
 
 
+def test_what_the_template_does_not_show_is_said(tmp_path: Path, built: Build, events: Events) -> None:
+    call = {"function": {"name": "f", "arguments": {}}}
+    turn = {"role": "assistant", "content": "b", "tool_calls": [call], "reasoning_content": "hm"}
+    row = {"messages": [{"role": "user", "content": "a"}, turn], "tools": [{"name": "f"}]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, row])
+    built(path)
+    assert [note.rpartition("does not show ")[2] for note in events.notes("warning")] == [
+        "'reasoning_content': it is lost",
+        "'tool_calls': it is lost",
+        "'tools': it is lost",
+    ]
+
+
 # --- splits and weights ---------------------------------------------------------------------------
 
 
@@ -287,8 +304,9 @@ def test_equal_rows_are_on_one_side_of_the_split(tmp_path: Path, built: Build) -
 
 def test_an_evaluation_source(tmp_path: Path, built: Build) -> None:
     train, test = write_jsonl(tmp_path / "a.jsonl", rows(9)), write_jsonl(tmp_path / "b.jsonl", rows(4, length=2))
-    result = built(train, eval_path=str(test))
-    assert (result.documents, result.eval_documents) == (9, 4)
+    result = built(train, eval_path=str(test), num_samples=8, weight=3.0)
+    assert (result.documents, result.eval_documents) == (8, 4)
+    assert len(PreparedDataset.open(result.path, EVAL_DIR).epoch_documents()) == 4
     assert [source["evaluation"] for source in result.sources] == [False, True]
     assert PreparedDataset.open(result.path, EVAL_DIR).targets.sum() == result.eval_target_tokens
 

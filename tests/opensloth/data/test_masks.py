@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from opensloth.data.documents import IGNORE, Document
 from opensloth.data.encode import Encoder, Rendered
 from opensloth.data.examples import Segments
-from opensloth.data.layout import begin_of_turn
+from opensloth.data.layout import begin_of_turn, end_of_turn
 from opensloth.data.messages import chat_from
 from opensloth.data.rows import RowProblem
 from opensloth.data.template import ChatTemplate
@@ -293,6 +293,19 @@ def test_tags_that_do_not_enclose_the_answer_are_refused() -> None:
 )
 def test_begin_of_turn(literal: str, asked: str, begin: int | None) -> None:
     assert begin_of_turn(literal, asked, "<e>\n", ["<a>", "<e>"]) == begin
+
+
+@pytest.mark.parametrize(
+    ("literal", "stop", "end"),
+    [
+        ("<e>\n<u>\n", "<e>", 3),
+        ('"}}\n</call><e>\n<u>\n<e>\n', "<e>", 14),  # the first: what follows is another turn
+        ("\n<u>\n", "<e>", None),
+        ("\n<u>\n", None, 0),
+    ],
+)
+def test_end_of_turn(literal: str, stop: str | None, end: int | None) -> None:
+    assert end_of_turn(literal, stop) == end
 
 
 # --- plain text -----------------------------------------------------------------------------------
