@@ -85,14 +85,14 @@ def _varlen(
 
     # [1, heads, T, D] -> [T, heads, D]; the kernel wants a dense last dimension.
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    attend: Callable[..., Tensor] = varlen_attn  # type: ignore[assignment] - a tuple only when asked for more
+    attend: Callable[..., Any] = varlen_attn
     if q.shape[1] != k.shape[1]:
         if _varlen_takes_gqa():
             attend = functools.partial(attend, enable_gqa=True)
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     left = -1 if window is None else window - 1
-    attended = attend(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
+    attended: Tensor = attend(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
     return attended.unsqueeze(0)
 
 

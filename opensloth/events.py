@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from opensloth.contract import EVENT_PREFIX
+from opensloth.event_lines import render_event
 
 LAUNCHER_RANK = -1
 
@@ -37,13 +38,13 @@ LAUNCHER_RANK = -1
 class Events:
     """Writes events as whole lines: one write call each, so that a reader meets at most one torn line."""
 
-    def __init__(self, path: Path, *, rank: int, attempt: int, echo: bool = True) -> None:
-        """path: events.jsonl. echo: also print each event on stdout."""
-        self._rank, self._attempt, self._echo, self._seq = rank, attempt, echo, 0
+    def __init__(self, path: Path, *, rank: int, attempt: int, for_people: bool = False) -> None:
+        """path: events.jsonl. for_people: print a readable line on stdout, not the event itself."""
+        self._rank, self._attempt, self._for_people, self._seq = rank, attempt, for_people, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def emit(self, event: str, **fields: Any) -> None:
+    def emit(self, event: str, /, **fields: Any) -> None:
         """Write one event; numbers that are not finite become null."""
         record = {"event": event, "time": round(time.time(), 3), "seq": self._seq}
         record |= {"rank": self._rank, "attempt": self._attempt}
@@ -51,9 +52,9 @@ class Events:
         self._seq += 1
         line = json.dumps(record, allow_nan=False, ensure_ascii=False)
         os.write(self._descriptor, (line + "\n").encode())
-        if self._echo:
-            sys.stdout.write(f"{EVENT_PREFIX}{line}\n")
-            sys.stdout.flush()
+        said = render_event(record) if self._for_people else f"{EVENT_PREFIX}{line}"
+        sys.stdout.write(said + "\n")
+        sys.stdout.flush()
 
     def note(self, message: str, level: str = "info") -> None:
         self.emit("note", level=level, message=message)
@@ -71,7 +72,7 @@ class NullEvents(Events):
     def __init__(self) -> None:
         """No file is opened."""
 
-    def emit(self, event: str, **fields: Any) -> None:
+    def emit(self, event: str, /, **fields: Any) -> None:
         """Drop the event."""
 
     def close(self) -> None:

@@ -82,7 +82,8 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def vocabulary_of(model: nn.Module) -> int:
     """How many ids the model has an embedding for."""
-    return int(base_of(model).get_input_embeddings().weight.shape[0])
+    embeddings: Any = base_of(model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

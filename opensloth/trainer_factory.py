@@ -123,7 +123,7 @@ def python_events(place: Place, world: World) -> Events:
     """Events of a run that was started from Python."""
     if not world.is_main:
         return NullEvents()
-    return Events(place.final / EVENTS_FILE, rank=world.rank, attempt=1)
+    return Events(place.final / EVENTS_FILE, rank=world.rank, attempt=1, for_people=True)
 
 
 def _documents(dataset: Any, name: str, model: nn.Module, config: RunConfig) -> PreparedDocuments:

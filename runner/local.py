@@ -136,8 +136,8 @@ class LocalBackend:
                 message = f"the launcher ended with exit code {process.returncode} before it had started"
                 raise LaunchError(f"{message}:\n{said}" if said else message, f"see {folder.path / LAUNCHER_OUTPUT}")
             time.sleep(_POLL_SECONDS)
-        # It outlives this process, on purpose: without this, Python warns that it was not waited for.
-        process.returncode = process.returncode if process.returncode is not None else 0
+        if process.returncode is None:
+            process.returncode = 0  # it outlives this process on purpose, of which Python would warn
 
 
 _OUTCOME_OF_STATE: Final = {

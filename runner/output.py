@@ -10,8 +10,8 @@ from typing import Any, Final, TextIO
 
 import click
 
+from opensloth.human import human_duration
 from runner.backend import LAUNCHER_RANK, LogLine, RunStatus, State
-from runner.quantities import human_duration
 
 _COLOURS: Final = {
     State.PENDING: "yellow",

@@ -74,19 +74,30 @@ class Encoder:
 
     def encode(self, batch: Sequence[Rendered]) -> list[Document | RowProblem]:
         """One document each, or what is wrong with the text."""
-        texts = [item.text for item in batch]
+        return self.documents(batch, self.tokenise(batch))
+
+    def tokenise(self, batch: Sequence[Rendered]) -> list[Any]:
+        """The encodings of a batch, None where a text cannot be encoded. Runs without Python's lock."""
         try:
-            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            return list(self._backend.encode_batch([item.text for item in batch], add_special_tokens=False))
         except (UnicodeEncodeError, TypeError):  # one text cannot be encoded: find out which
             return [self._encode_alone(item) for item in batch]
-        return [self._document(item, encoding) for item, encoding in zip(batch, encodings, strict=True)]
 
-    def _encode_alone(self, item: Rendered) -> Document | RowProblem:
+    def documents(self, batch: Sequence[Rendered], encodings: Sequence[Any]) -> list[Document | RowProblem]:
+        """encodings: what `tokenise` returned for `batch`."""
+        return [
+            RowProblem("contains half a surrogate pair, which is not text")
+            if encoding is None
+            else self._document(item, encoding)
+            for item, encoding in zip(batch, encodings, strict=True)
+        ]
+
+    def _encode_alone(self, item: Rendered) -> Any:
         try:
             item.text.encode()
-        except UnicodeEncodeError as error:
-            return RowProblem(f"contains half a surrogate pair ({item.text[error.start]!a}), which is not text")
-        return self._document(item, self._backend.encode(item.text, add_special_tokens=False))
+        except UnicodeEncodeError:
+            return None
+        return self._backend.encode(item.text, add_special_tokens=False)
 
     def _document(self, item: Rendered, encoding: Any) -> Document:
         ids = np.array(encoding.ids, dtype=np.int32)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -113,16 +113,17 @@ class SourcePreparation:
             raise DataError(f"{self.source.name}: no rows in it", "is this the right file?")
         parser = self._parser(first)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: tuple[list[tuple[Row, Rendered | Tokens]], Future[list[Document | RowProblem]]] | None = None
+            waiting: _Batch | None = None
             for batch in _batches(itertools.chain(first, rows), BATCH_ROWS):
-                rendered = self._render_batch(batch, parser)
-                texts = [item for _, item in rendered if isinstance(item, Rendered)]
-                submitted = pool.submit(self.target.encoder.encode, texts)
+                rows_of_batch = self._render_batch(batch, parser)
+                texts = [item for _, item in rows_of_batch if isinstance(item, Rendered)]
+                # While the next batch is tokenised, on other threads, this one finishes the last.
+                submitted = _Batch(rows_of_batch, texts, pool.submit(self.target.encoder.tokenise, texts))
                 if waiting:
-                    yield from self._finish_batch(*waiting)
-                waiting = (rendered, submitted)
+                    yield from self._finish_batch(waiting)
+                waiting = submitted
             if waiting:
-                yield from self._finish_batch(*waiting)
+                yield from self._finish_batch(waiting)
 
     def _limited_rows(self) -> Iterator[Row]:
         rows = self.source.rows()
@@ -184,11 +185,9 @@ class SourcePreparation:
             if not template.looks_at(key):
                 self.note("warning", f"{self.source.name}: the chat template does not show '{key}': it is lost")
 
-    def _finish_batch(
-        self, rendered: list[tuple[Row, Rendered | Tokens]], encoded: Future[list[Document | RowProblem]]
-    ) -> Iterator[Kept]:
-        documents = iter(encoded.result())
-        for row, item in rendered:
+    def _finish_batch(self, batch: _Batch) -> Iterator[Kept]:
+        documents = iter(self.target.encoder.documents(batch.texts, batch.encodings.result()))
+        for row, item in batch.rows:
             found = self._checked(item) if isinstance(item, Tokens) else next(documents)
             if isinstance(found, RowProblem):
                 self._bad(row, found)
@@ -238,6 +237,15 @@ class SourcePreparation:
         if self.counts.bad <= SHOWN_BAD_ROWS:
             more = ", further ones are only counted" if self.counts.bad == SHOWN_BAD_ROWS else ""
             self.note("warning", f"skipped {row.where}: {problem}{more}")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows whose texts are being tokenised. texts: of those rows that are not tokenised already."""
+
+    rows: list[tuple[Row, Rendered | Tokens]]
+    texts: list[Rendered]
+    encodings: Future[list[Any]]
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

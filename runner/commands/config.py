@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from opensloth import run_config
+from opensloth.event_lines import render_event
 from runner import output
 from runner.commands.common import file_argument, json_option, set_option, settings
 from runner.commands.submit import choose_run
 from runner.config_file import Target, load_file
 from runner.errors import INSTALL_TRAIN_EXTRA, InvalidFileError, RunnerError
-from runner.event_lines import render_event
 from runner.plan import build_plan, plan_text
 from runner.starter import STARTER
 from runner.training_side import build_data, has_train_extra

@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from opensloth import run_config
+from opensloth.event_lines import render_event
+from opensloth.human import human_bytes, human_duration
 from opensloth.run_config import DEFAULT_DATA_CACHE_PATH
 from runner import output
 from runner.commands.common import file_argument, is_interactive, json_option, set_option, settings, yes_option
 from runner.config_file import Target, load_file
 from runner.errors import UsageError
-from runner.event_lines import render_event
-from runner.quantities import human_bytes, human_duration
 from runner.training_side import as_file, ask_data, build_data, show_data
 
 _cache_of = click.argument("file", type=click.Path(path_type=Path), required=False)
@@ -73,8 +73,10 @@ def ls(file: Path | None, as_json: bool) -> None:
     entries = ask_data(["ls", "--cache", _cache(file)])["entries"]
     if as_json:
         output.show_json(entries)
-    else:
+    elif entries:
         output.show(_table(entries))
+    else:
+        output.say("no prepared datasets yet: oslo data build FILE prepares one")
 
 
 @data.command()
@@ -93,7 +95,7 @@ def prune(file: Path | None, older_than: float | None, unused: bool, yes: bool, 
     if older_than is None and not unused:
         raise UsageError("say which: --older-than DAYS, --unused or both")
     found = ask_data(choice)
-    if not as_json:
+    if not as_json and found["entries"]:
         output.show(_table(found["entries"]))
     if found["entries"] and (yes or (is_interactive() and click.confirm("Delete these?", err=True))):
         found = ask_data([*choice, "--yes"])
@@ -101,6 +103,8 @@ def prune(file: Path | None, older_than: float | None, unused: bool, yes: bool, 
         output.show_json(found)
     elif found["entries"]:
         output.say("deleted" if found["removed"] else "nothing deleted: -y deletes them")
+    else:
+        output.say("nothing to delete")
 
 
 @data.command()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from runner import compare, output
-from runner.backend import Backend, LogLine, LogQuery, RunStatus, State
+from runner.backend import Backend, RunStatus, State
 from runner.commands import watching
 from runner.commands.common import confirm, find_run, job_argument, json_option, settings, yes_option
 from runner.commands.logs import seconds
@@ -104,20 +104,13 @@ def resume(job: str, follow: bool, as_json: bool) -> None:
     backend.resume(run)
     status = backend.get(run)
     output.say(f"{status.handle} goes on as attempt {status.attempt}")
-
-    def show_line(line: LogLine) -> None:
-        (output.say if as_json else output.show)(output.log_line(line))
-
     try:
         if follow:
-            watching.report_end(watching.follow(backend, run, LogQuery(), show_line))
+            watching.follow_and_report(backend, run, as_json)
         else:
             output.say(f"  oslo logs -f {status.handle}")
     finally:
-        if as_json:
-            output.show_json(backend.get(run).to_json())
-        else:
-            output.show(status.handle)
+        watching.show_run(backend, run, status.handle, as_json)
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 from opensloth import run_config
 from opensloth.fingerprint import file_sha256, source_sha256
 from runner import output
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome
+from runner.backend import LOCAL_SCHEME, Outcome
 from runner.commands import watching
 from runner.commands.common import confirm, file_argument, json_option, set_option, settings, yes_option
 from runner.config_file import LoadedFile, Target, load_file
@@ -56,21 +56,13 @@ def submit(file: Path, local: bool, follow: bool, sets: tuple[str, ...], fresh: 
     output.say(f"{handle} {_SAID[outcome]}")
     if outcome is not Outcome.ALREADY_SUCCEEDED and not follow:
         output.say(f"  oslo logs -f {handle}\n  oslo status {handle}\n  oslo cancel {handle}")
-
-    def show_line(line: LogLine) -> None:
-        # With -o json, stdout is for the one document at the end.
-        (output.say if as_json else output.show)(output.log_line(line))
-
     try:
-        if follow and outcome is not Outcome.ALREADY_SUCCEEDED:
-            watching.report_end(watching.follow(backend, run, LogQuery(), show_line))
-        elif outcome is Outcome.ALREADY_SUCCEEDED:
+        if outcome is Outcome.ALREADY_SUCCEEDED:
             watching.report_end(backend.get(run))
+        elif follow:
+            watching.follow_and_report(backend, run, as_json)
     finally:
-        if as_json:
-            output.show_json({"outcome": str(outcome), **backend.get(run).to_json()})
-        else:
-            output.show(handle)
+        watching.show_run(backend, run, handle, as_json, outcome=str(outcome))
 
 
 def choose_run(loaded: LoadedFile, existing: list[str], fresh: bool) -> str:

@@ -53,6 +53,22 @@ def follow(backend: Backend, run: str, query: LogQuery, show: Callable[[LogLine]
     return still_there(backend, run, status.handle)
 
 
+def follow_and_report(backend: Backend, run: str, as_json: bool) -> None:
+    """Follow to the end and report it. With -o json the log goes to stderr: stdout is for one document."""
+    shown = output.say if as_json else output.show
+    report_end(follow(backend, run, LogQuery(), lambda line: shown(output.log_line(line))))
+
+
+def show_run(backend: Backend, run: str, handle: str, as_json: bool, **more: str) -> None:
+    """The last of stdout: the handle, or the run's document with `more`."""
+    if not as_json:
+        output.show(handle)
+    elif run in backend.runs():
+        output.show_json(more | backend.get(run).to_json())
+    else:
+        output.show_json(more | {"run": run, "deleted": True})
+
+
 def still_there(backend: Backend, run: str, handle: str) -> RunStatus:
     """The run's status; one that has been deleted counts as cancelled."""
     try:

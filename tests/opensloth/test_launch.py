@@ -34,16 +34,18 @@ class Run:
         self.data = folder / "train.jsonl"
         self.data.write_text("".join(_row(i) for i in range(rows)))
         defaults = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 5}
-        config, problems = run_config.check({
-            "name": "tiny",
-            "opensloth": {
-                "data_cache_path": str(folder / "cache"),
-                "devices": list(range(devices)),
-                "fast_model_args": {"model_name": str(model), "max_seq_length": 128},
-            },
-            "dataset": {"path": str(self.data)},
-            "training": defaults | training,
-        })
+        config, problems = run_config.check(
+            {
+                "name": "tiny",
+                "opensloth": {
+                    "data_cache_path": str(folder / "cache"),
+                    "devices": list(range(devices)),
+                    "fast_model_args": {"model_name": str(model), "max_seq_length": 128},
+                },
+                "dataset": {"path": str(self.data)},
+                "training": defaults | training,
+            }
+        )
         assert config is not None, problems
         (self.folder / "config.yaml").write_text(run_config.dump(config))
         self.process: subprocess.Popen[bytes] | None = None

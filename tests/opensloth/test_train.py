@@ -63,9 +63,7 @@ def test_written_values_that_this_machine_cannot_honour_are_refused_together(pre
     assert said["opensloth.fast_model_args.load_in_4bit"].message == (
         "4-bit loading needs CUDA, and this machine has none"
     )
-    assert said["opensloth.fast_model_args.load_in_4bit"].hint == (
-        "--set opensloth.fast_model_args.load_in_4bit=false"
-    )
+    assert said["opensloth.fast_model_args.load_in_4bit"].hint == ("--set opensloth.fast_model_args.load_in_4bit=false")
     assert said["training.optim"].hint == "--set training.optim=adamw_torch"
 
 
@@ -131,5 +129,5 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
 def test_a_target_module_that_the_model_does_not_have(prepared: Path) -> None:
     config = documented(prepared)
     config = config.model_copy(update={"lora_args": LoraArgs(target_modules=["q_proj", "query"])})
-    with pytest.raises(ConfigError, match="no module named query .*its linear layers are down_proj, gate_proj"):
+    with pytest.raises(ConfigError, match=r"no module named query .*its linear layers are down_proj, gate_proj"):
         train(config, documented_training(prepared))

@@ -168,9 +168,10 @@ def test_following_a_run_that_is_deleted(oslo: Oslo, sft: Path, root: Path) -> N
         os.kill(pid, signal.SIGKILL)
 
     threading.Timer(0.5, delete).start()
-    answer = oslo("logs", "-f", "sft")
+    answer = oslo("submit", sft, "--local", "--follow", "-o", "json")
     assert answer.code == 103
     assert f"{handle} has been deleted" in answer.err
+    assert answer.json() == {"outcome": "attached", "run": handle.removeprefix("local://"), "deleted": True}
 
 
 def test_status_of_a_failure_is_answered_and_explained(oslo: Oslo, sft: Path) -> None:

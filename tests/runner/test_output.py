@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stand_in import SMALLEST, launcher_command
 
-from runner.event_lines import render_event
+from opensloth.event_lines import render_event
 from runner.output import table, use_colour
 from runner.secret_values import looks_secret
 

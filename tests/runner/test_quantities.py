@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from runner.quantities import human_bytes, human_duration, parse_duration, parse_quantity
+from opensloth.human import human_bytes, human_duration
+from runner.quantities import parse_duration, parse_quantity
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from runner.event_log import Event
-from runner.quantities import human_bytes, human_duration
+from opensloth.human import human_bytes, human_duration
 
+Event = Mapping[str, Any]
 _PHASES: Final = {
     "data": "preparing the dataset",
     "model": "loading the model",
