@@ -44,6 +44,7 @@ def main() -> int:
         final.mkdir(exist_ok=True)
         (final / "adapter_config.json").write_text("{}")
     sys.stdout = sys.__stdout__
+    time.sleep(0.005)  # events are sorted by milliseconds; torchrun takes longer to leave
     code = int(EXIT_CODE_OF_CAUSE[cause])
     record = {"cause": cause, "exit_code": code, "message": message, "hint": ""}
     write_json(folder / contract.ENDED_FILE, record | {"time": time.time()})
