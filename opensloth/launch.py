@@ -35,7 +35,6 @@ from opensloth.orders import CAUSES
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 120.0
 """How long ranks may take to agree, save and leave once they were asked to."""
-GRACE_ENV = "OSLO_GRACE_SECONDS"
 PROGRESS_SECONDS = 1.0
 """At most one progress event of data preparation in this time."""
 
@@ -107,8 +106,9 @@ def _build_data(attempt: Attempt, events: Events) -> Ending | None:
         "--config",
         str(attempt.run / contract.CONFIG_FILE),
     ]
+    env = os.environ | {contract.RUN_DIR_ENV: str(attempt.run)}  # the cache notes who uses an entry
     with (attempt.folder / contract.LAUNCHER_LOG).open("ab") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=env, start_new_session=True)
     assert child.stdout is not None
     os.set_blocking(child.stdout.fileno(), False)
     answer = _Answer(events)
@@ -205,7 +205,7 @@ def _cores() -> int:
 
 def _wait(child: subprocess.Popen[bytes], attempt: Attempt) -> None:
     """Until torchrun has left; after a request to stop at most for the grace period."""
-    grace = float(os.environ.get(GRACE_ENV, GRACE_SECONDS))
+    grace = float(os.environ.get(contract.GRACE_ENV, GRACE_SECONDS))
     asked_at: float | None = None
     while child.poll() is None:
         if asked_at is None and attempt.stop_cause():
@@ -222,7 +222,8 @@ def _kill_strays(run: Path) -> None:
     mine = f"{contract.RUN_DIR_ENV}={run}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if int(process.name) != os.getpid() and mine in (process / "environ").read_bytes().split(b"\0"):
+            is_rank = b"opensloth.train" in (process / "cmdline").read_bytes()
+            if is_rank and mine in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
         except (OSError, ProcessLookupError):
             continue  # it left, or is another user's

@@ -89,7 +89,8 @@ class Run:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 command = (process / "cmdline").read_bytes()
-                if mine in (process / "environ").read_bytes() and b"torch.distributed.run" not in command:
+                is_rank = b"opensloth.train" in command and b"torch.distributed.run" not in command
+                if is_rank and mine in (process / "environ").read_bytes():
                     found.append(int(process.name))
             except OSError:
                 continue
@@ -121,6 +122,8 @@ def test_two_ranks_to_a_finished_run(tmp_path: Path, model: Path) -> None:
     report = json.loads((run.folder / "report.json").read_text())
     assert report["steps"] == 6
     assert Path(report["final"]) == run.folder / "final"
+    uses = [json.loads(path.read_text()) for path in (tmp_path / "cache" / ".uses").glob("*/*")]
+    assert uses == [{"run": str(run.folder)}], "pruning must not take what a run uses"
     assert run.weights()
 
 
