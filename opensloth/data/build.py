@@ -27,7 +27,7 @@ from opensloth.opensloth_config import DatasetArgs
 from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer, read_template, tokenizer_sha256
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 """Raised whenever the same rows would give other documents: entries of before are not used any more."""
 
 WAIT_SECONDS = 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -11,11 +11,16 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation. trained[i]: whether messages[i] may be a target."""
+    """A conversation.
+
+    trained[i]: whether messages[i] may be a target; its writer can say no.
+    given: messages at the start that are the prompt, so that what assistants said there is not learned.
+    """
 
     messages: list[Message]
     trained: tuple[bool, ...]
     tools: list[Any] | None = None
+    given: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,10 @@ class Segments:
 
     pieces: tuple[tuple[str, bool], ...]
     closed: bool = False
+
+    def all_targets(self) -> Segments:
+        """The same text with every piece a target."""
+        return replace(self, pieces=tuple((text, True) for text, _ in self.pieces))
 
 
 @dataclass(frozen=True, slots=True)

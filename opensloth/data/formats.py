@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from opensloth.data.examples import Chat, Example, Segments, Tokens
+from opensloth.data.examples import Example, Segments, Tokens
 from opensloth.data.messages import chat_from, text_of
 from opensloth.data.rows import Row, RowProblem
 from opensloth.errors import DataError
@@ -61,9 +61,7 @@ def _prompt_completion(values: Values, has_template: bool) -> Example:
     chat = chat_from([*prompt, *completion], values.get("tools"))
     if len(chat.messages) != len(prompt) + len(completion):
         raise RowProblem("'completion' is empty")
-    # What an assistant said in the prompt is given, not learned.
-    trained = tuple(i >= len(prompt) and flag for i, flag in enumerate(chat.trained))
-    return Chat(chat.messages, trained, chat.tools)
+    return replace(chat, given=len(prompt))
 
 
 def _input_output(values: Values, _: bool) -> Example:

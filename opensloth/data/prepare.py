@@ -163,7 +163,8 @@ class SourcePreparation:
         if isinstance(example, Tokens):
             return example
         if isinstance(example, Segments):
-            return self.target.encoder.of_segments(example)
+            chosen = example.all_targets() if self.args.train_on == "all" else example
+            return self.target.encoder.of_segments(chosen)
         return self._render_chat(example)
 
     def _render_chat(self, chat: Chat) -> Rendered:

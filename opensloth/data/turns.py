@@ -66,7 +66,7 @@ class Turns:
         said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if self._train_on == "last":
             said = said[-1:]
-        return [i for i in said if chat.trained[i]]
+        return [i for i in said if chat.trained[i] and i >= chat.given]
 
     # --- templates with generation tags ----------------------------------------------------------
 

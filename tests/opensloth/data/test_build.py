@@ -267,6 +267,25 @@ def test_the_end_of_an_open_turn_is_learned(tmp_path: Path, built: Build, base_f
     assert make_tokenizer().decode(ids[labels != IGNORE]) == "b</s>"
 
 
+TEXTS = {"prompt": "a", "completion": "b"}
+TURNS = {"prompt": chat("a", "b", "c"), "completion": "d"}
+SEGMENTS = {"segments": [{"label": False, "text": "a 1 "}, {"label": True, "text": "b"}]}
+
+
+@pytest.mark.parametrize(("row", "template"), [(TEXTS, "chatml"), (TURNS, "chatml"), (TEXTS, None), (SEGMENTS, None)])
+def test_train_on_all_trains_every_message_and_segment(
+    tmp_path: Path, built: Build, base_folder: Path, row: dict[str, Any], template: str | None
+) -> None:
+    def first(**options: Any) -> tuple[Any, Any]:
+        path = write_jsonl(tmp_path / "a.jsonl", [row])
+        return PreparedDataset.open(built(path, model=base_folder, chat_template=template, **options).path).row(0)
+
+    ids, labels = first(train_on="all")
+    assert (labels[1:] == ids[1:]).all()
+    ids, labels = first()
+    assert (labels[1:] == IGNORE).any()
+
+
 def test_what_no_prompt_gives_is_learned(tmp_path: Path, built: Build, base_folder: Path) -> None:
     bare = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("a", "b")}])

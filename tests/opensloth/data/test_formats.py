@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data_tools import chat
+from chat_templates import CHATML
+from data_tools import chat, make_tokenizer
 
 from opensloth.data.examples import Chat, Segments, Tokens
 from opensloth.data.formats import Parser, parser_for
 from opensloth.data.rows import Row, RowProblem
+from opensloth.data.template import ChatTemplate
+from opensloth.data.turns import Turns
 from opensloth.errors import DataError
 
 MESSAGES = chat("hi", "hello")
@@ -63,7 +66,11 @@ def test_texts_without_a_template_are_plain_text() -> None:
 
 def test_only_the_completion_is_learned() -> None:
     row = {"prompt": chat("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]}
-    assert parse(row).trained == (False, False, False, True)
+    example = parse(row)
+    assert example.given == 3
+    tokenizer = make_tokenizer()
+    text, spans = Turns(ChatTemplate(tokenizer, CHATML), "assistant").render(example)
+    assert [text[begin:end] for begin, end in spans] == ["d<|im_end|>"]
 
 
 def test_flags_tools_and_reasoning() -> None:
