@@ -15,9 +15,9 @@ from typing import Any
 from opensloth import __version__
 from opensloth.data import cache
 from opensloth.data.documents import Document
+from opensloth.data.epoch import count_epoch
 from opensloth.data.lock import BuildLock, LockObserver, describe_holder
 from opensloth.data.losses import Report, check_totals, warn_of_losses
-from opensloth.data.pack import best_fit_decreasing
 from opensloth.data.prepare import SourcePreparation, Target
 from opensloth.data.prepared import EVAL_DIR, TRAIN_DIR, PreparedDataset
 from opensloth.data.sources import Source, open_source
@@ -39,7 +39,9 @@ _KEYED_ARGS = ("format", "columns", "train_on", "overlength", "bad_rows", "num_s
 class BuiltData:
     """What training and the plan need to know of prepared data.
 
-    rows: rows of an epoch after weights, packed if the config says so; row_fill: tokens / (rows * max_seq_length).
+    documents to row_fill: of one epoch, after the datasets' weights (see EpochCounts); rows are packed if the
+        config says so.
+    sources: what became of the rows of each file or name, before weights.
     """
 
     path: str
@@ -285,24 +287,16 @@ class _Progress:
 
 
 def _built(config: RunConfig, entry: Path, footer: Mapping[str, Any], reused: bool) -> BuiltData:
-    rows, fill = epoch_rows(PreparedDataset.open(entry), config)
+    counts = footer["counts"]
     return BuiltData(
         path=str(entry),
         key=entry.name,
         reused=reused,
-        rows=rows,
-        row_fill=fill,
+        **asdict(count_epoch(PreparedDataset.open(entry), config)),
+        eval_documents=counts["eval_documents"],
+        eval_target_tokens=counts["eval_target_tokens"],
         sources=[*footer["sources"], *footer["eval_sources"]],
-        **footer["counts"],
     )
-
-
-def epoch_rows(data: PreparedDataset, config: RunConfig) -> tuple[int, float]:
-    """Rows of one epoch, and how full they are (0 to 1)."""
-    capacity = config.opensloth.fast_model_args.max_seq_length
-    lengths = data.lengths[data.epoch_documents()]
-    rows = len(best_fit_decreasing(lengths, capacity)) if config.opensloth.sequence_packing else len(lengths)
-    return rows, float(lengths.sum() / (rows * capacity)) if rows else 0.0
 
 
 def _refuse_prepared_folder(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensloth.data import cache
 from opensloth.data.documents import Document
+from opensloth.data.epoch import count_epoch
 from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.data.validate import check_fitness
 from opensloth.errors import DataError
@@ -23,7 +25,7 @@ def open_existing(config: RunConfig, report: Report) -> BuiltData:
 
     Raises DataError, naming row and column, when a document is unfit.
     """
-    from opensloth.data.build import BuiltData, epoch_rows
+    from opensloth.data.build import BuiltData
 
     folder = Path(config.opensloth.data_cache_path)
     if not folder.is_dir():
@@ -45,16 +47,11 @@ def open_existing(config: RunConfig, report: Report) -> BuiltData:
         hint = "raise opensloth.fast_model_args.max_seq_length" if read else "is this the right folder?"
         raise DataError(f"{folder}: no rows are left to train on, of {read}", hint)
     evaluation = PreparedDataset.open(folder, EVAL_DIR) if PreparedDataset.has_eval(folder) else None
-    rows, fill = epoch_rows(data, config)
     return BuiltData(
         path=str(folder),
         key=str(data.info.get("key", "")),
         reused=True,
-        documents=len(data),
-        tokens=int(data.lengths.sum()),
-        target_tokens=int(data.targets.sum()),
-        rows=rows,
-        row_fill=fill,
+        **asdict(count_epoch(data, config)),
         eval_documents=len(evaluation) if evaluation else 0,
         eval_target_tokens=int(evaluation.targets.sum()) if evaluation else 0,
         sources=[

@@ -324,7 +324,7 @@ def test_equal_rows_are_on_one_side_of_the_split(tmp_path: Path, built: Build) -
 def test_an_evaluation_source(tmp_path: Path, built: Build) -> None:
     train, test = write_jsonl(tmp_path / "a.jsonl", rows(9)), write_jsonl(tmp_path / "b.jsonl", rows(4, length=2))
     result = built(train, eval_path=str(test), num_samples=8, weight=3.0)
-    assert (result.documents, result.eval_documents) == (8, 4)
+    assert (result.documents, result.eval_documents) == (3 * 8, 4)
     assert len(PreparedDataset.open(result.path, EVAL_DIR).epoch_documents()) == 4
     assert [source["evaluation"] for source in result.sources] == [False, True]
     assert PreparedDataset.open(result.path, EVAL_DIR).targets.sum() == result.eval_target_tokens
@@ -342,7 +342,19 @@ def test_weights_repeat_and_leave_out(tmp_path: Path, built: Build) -> None:
     assert times[:4].tolist() == [1, 1, 1, 1]
     assert sorted(times[4:8].tolist()) == [2, 2, 3, 3]
     assert sorted(times[8:].tolist()) == [0, 0, 1, 1]
-    assert result.rows == len(data.epoch_documents()) == 16
+    assert result.rows == result.documents == len(data.epoch_documents()) == 16
+    assert result.tokens == (data.lengths * times).sum()
+    assert result.target_tokens == (data.targets * times).sum()
+    assert result.row_fill == pytest.approx(result.tokens / (16 * 512))
+    assert [source["kept"] for source in result.sources] == [4, 4, 4]
+    assert sum(source["tokens"] for source in result.sources) == data.lengths.sum() != result.tokens
+
+
+def test_weights_that_leave_nothing_are_an_error(tmp_path: Path, built: Build) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows(1))
+    for _ in range(2):  # built, and found in the cache
+        with pytest.raises(DataError, match=r"weights leave out all 1 documents\n  raise dataset\.weight"):
+            built(path, weight=0.5)
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 3, 0.7, 1.0, 1.9, 3.0])
