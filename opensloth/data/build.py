@@ -270,6 +270,7 @@ class _Progress:
         self._state, self._report = lock.progress, report
         self._before = 0
         self._said_at = 0.0
+        self._said: tuple[int, int | None] | None = None
 
     def at(self, rows: int) -> None:
         self._state.done = self._before + rows
@@ -281,9 +282,14 @@ class _Progress:
         self._state.done = self._before
 
     def say(self) -> None:
+        """Report, unless these very numbers were the last that were reported."""
         self._said_at = time.monotonic()
-        total = None if self._state.total is None else max(self._state.total, self._state.done)
-        self._report("progress", phase="tokenise", done=self._state.done, total=total, unit="rows")
+        done, total = self._state.done, self._state.total
+        if total is not None:
+            total = max(total, done)
+        if (done, total) != self._said:
+            self._said = done, total
+            self._report("progress", phase="tokenise", done=done, total=total, unit="rows")
 
 
 def _built(config: RunConfig, entry: Path, footer: Mapping[str, Any], reused: bool) -> BuiltData:
