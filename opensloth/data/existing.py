@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opensloth.data import cache
 from opensloth.data.documents import Document
 from opensloth.data.epoch import count_epoch
-from opensloth.data.prepared import EVAL_DIR, PreparedDataset
+from opensloth.data.prepared import EVAL_DIR, TRAIN_DIR, PreparedDataset, part_folder, splits_of
 from opensloth.data.validate import check_fitness
 from opensloth.errors import DataError
 from opensloth.run_config import RunConfig
@@ -20,8 +20,28 @@ if TYPE_CHECKING:
     from opensloth.data.losses import Report
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The documents of one part that are fit. read: how many there were, left_out: those over max_seq_length."""
+
+    folder: Path
+    data: PreparedDataset
+    read: int
+    left_out: int
+
+    def as_source(self, *, evaluation: bool) -> dict[str, Any]:
+        return {
+            "path": str(self.folder),
+            "format": "prepared",
+            "evaluation": evaluation,
+            "read": self.read,
+            "kept": len(self.data),
+            "dropped_overlength": self.left_out,
+        }
+
+
 def open_existing(config: RunConfig, report: Report) -> BuiltData:
-    """Check every document and say what is there.
+    """Check every document, also those of the evaluation part, and say what is there.
 
     Raises DataError, naming row and column, when a document is unfit.
     """
@@ -33,46 +53,71 @@ def open_existing(config: RunConfig, report: Report) -> BuiltData:
             f"{folder}: no such folder, and there is no dataset section",
             "add dataset: {path: ...}, or name a prepared dataset in opensloth.data_cache_path",
         )
-    data = PreparedDataset.open(folder)
-    footer = cache.read_entry(folder)
-    if data.info and footer is None:
+    info = PreparedDataset.open(folder).info
+    if info and cache.read_entry(folder) is None:
         raise DataError(f"{folder}: this prepared dataset is damaged", "prepare it again: oslo data build")
-    read, limit = len(data), config.opensloth.fast_model_args.max_seq_length
-    left_out = _check(data, config, folder, report)
-    if left_out:
-        message = f"{folder}: leaving out {left_out} of {read} rows over max_seq_length {limit}"
-        report("note", level="warning", message=message)
-        data = PreparedDataset.open(folder, max_length=limit)
-    if len(data) == 0:
-        hint = "raise opensloth.fast_model_args.max_seq_length" if read else "is this the right folder?"
-        raise DataError(f"{folder}: no rows are left to train on, of {read}", hint)
-    evaluation = PreparedDataset.open(folder, EVAL_DIR) if PreparedDataset.has_eval(folder) else None
+    _say_splits(folder, report)
+    vocabulary = _vocabulary(config, report)
+    train = _checked(folder, TRAIN_DIR, config, vocabulary, report)
+    evaluation = None
+    if PreparedDataset.has_eval(folder):
+        evaluation = _checked(folder, EVAL_DIR, config, vocabulary, report)
+    epoch = count_epoch(train.data, config)
+    entry = folder.resolve()
+    if entry.name == info.get("key"):  # in a cache; a copy of an entry has a name of its own
+        cache.note_use(entry)
     return BuiltData(
         path=str(folder),
-        key=str(data.info.get("key", "")),
+        key=str(info.get("key", "")),
         reused=True,
-        **asdict(count_epoch(data, config)),
-        eval_documents=len(evaluation) if evaluation else 0,
-        eval_target_tokens=int(evaluation.targets.sum()) if evaluation else 0,
-        sources=[
-            {"path": str(folder), "format": "prepared", "read": read, "kept": len(data), "dropped_overlength": left_out}
-        ],
+        **asdict(epoch),
+        eval_documents=len(evaluation.data) if evaluation else 0,
+        eval_target_tokens=int(evaluation.data.targets.sum()) if evaluation else 0,
+        sources=[part.as_source(evaluation=part is evaluation) for part in (train, evaluation) if part is not None],
     )
 
 
-def _check(data: PreparedDataset, config: RunConfig, folder: Path, report: Report) -> int:
-    """How many documents are left out for their length."""
+def _say_splits(folder: Path, report: Report) -> None:
+    """Of a folder of splits: which are used for what, and which are not."""
+    found = splits_of(folder)
+    if len(found) < 2:
+        return
+    train, evaluation = (part_folder(folder, part) for part in (TRAIN_DIR, EVAL_DIR))
+    use = [f"'{train.name}' is trained"] if train else []
+    use.append(f"'{evaluation.name}' is evaluated" if evaluation else "none is evaluated")
+    ignored = [f"'{name}'" for name in found if folder / name not in (train, evaluation)]
+    if ignored:
+        use.append(f"{', '.join(ignored)} not used")
+    report("note", level="info", message=f"{folder}: of its splits, {', '.join(use)}")
+
+
+def _vocabulary(config: RunConfig, report: Report) -> int | None:
     model = config.opensloth.fast_model_args
-    vocabulary = None
     try:
         tokenizer = load_tokenizer(model.model_name, revision=model.revision)
-        vocabulary = vocabulary_size(tokenizer, model.model_name)
+        return vocabulary_size(tokenizer, model.model_name)
     except DataError as error:
         report("note", level="warning", message=f"ids are not checked against the vocabulary: {error.message}")
-    drop = config.opensloth.filter_overlength_samples
-    left_out = 0
-    for index in range(len(data)):
-        ids, labels = data.stored_row(index)
-        where = f"{folder}: row {index}"
-        left_out += check_fitness(Document(ids, labels), where, model.max_seq_length, vocabulary, drop)
-    return left_out
+        return None
+
+
+def _checked(folder: Path, part: str, config: RunConfig, vocabulary: int | None, report: Report) -> _Part:
+    """The documents of a part, without those over max_seq_length where the config drops them.
+
+    Raises DataError when one is unfit, or none is left.
+    """
+    limit, drop = config.opensloth.fast_model_args.max_seq_length, config.opensloth.filter_overlength_samples
+    data, place = PreparedDataset.open(folder, part), part_folder(folder, part) or folder
+    read, left_out = len(data), 0
+    for index in range(read):
+        document = Document(*data.stored_row(index))
+        left_out += check_fitness(document, f"{place}: row {index}", limit, vocabulary, drop)
+    if left_out == read:
+        purpose = "train on" if part == TRAIN_DIR else "evaluate on"
+        hint = "raise opensloth.fast_model_args.max_seq_length" if read else "is this the right folder?"
+        raise DataError(f"{place}: no rows are left to {purpose}, of {read}", hint)
+    if left_out:
+        message = f"{place}: leaving out {left_out} of {read} rows over max_seq_length {limit}"
+        report("note", level="warning", message=message)
+        data = PreparedDataset.open(folder, part, max_length=limit)
+    return _Part(place, data, read, left_out)

@@ -17,8 +17,26 @@ from opensloth.files import read_json
 FOOTER_FILE = "oslo.json"
 TRAIN_DIR = "train"
 EVAL_DIR = "eval"
+_SPLITS = {TRAIN_DIR: (TRAIN_DIR,), EVAL_DIR: (EVAL_DIR, "validation")}
+"""Names that a part may have in a folder of splits; the first that is there is taken."""
 
 Int64Array = npt.NDArray[np.int64]
+
+
+def part_folder(folder: Path, part: str) -> Path | None:
+    """The folder of a part of a prepared dataset, None when there is none; one without splits is for training."""
+    if _is_saved(folder):
+        return folder if part == TRAIN_DIR else None
+    return next((folder / name for name in _SPLITS[part] if _is_saved(folder / name)), None)
+
+
+def splits_of(folder: Path) -> list[str]:
+    """The names of all splits below a folder; [] where it has none or is one itself."""
+    return [] if _is_saved(folder) else sorted(child.name for child in folder.iterdir() if _is_saved(child))
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file()
 
 
 class PreparedDataset:
@@ -73,9 +91,7 @@ class PreparedDataset:
 
     @classmethod
     def _open_plain(cls, folder: Path, part: str) -> PreparedDataset:
-        inner = folder / part
-        if not (folder / "state.json").is_file() and (inner / "state.json").is_file():
-            folder = inner
+        folder = part_folder(folder, part) or folder
         state = read_json(folder / "state.json")
         if not isinstance(state, dict) or "_data_files" not in state:
             raise DataError(
@@ -92,9 +108,11 @@ class PreparedDataset:
             raise DataError(f"{folder}: cannot be read: {error}") from error
         return cls(files, *_measure(files), {})
 
-    @staticmethod
-    def has_eval(path: Path | str) -> bool:
-        return (Path(path) / EVAL_DIR / "state.json").is_file()
+    @classmethod
+    def has_eval(cls, path: Path | str) -> bool:
+        """Whether there is an evaluation part, and documents in it."""
+        folder = Path(path)
+        return part_folder(folder, EVAL_DIR) is not None and len(cls.open(folder, EVAL_DIR)) > 0
 
     def _keep(self, numbers: Int64Array) -> None:
         self._numbers = numbers

@@ -47,7 +47,9 @@ def test_what_is_built_is_what_is_read(tmp_path: Path, built: Build, events: Eve
     assert result.sources[0]["kept"] == result.sources[0]["read"] == 40
     assert f"{tmp_path / 'a.jsonl'}: format messages (detected from the columns)" in events.notes()
     progress = [event for event in events.seen if event["event"] == "progress"]
-    assert progress[-1] == {"event": "progress", "phase": "tokenise", "done": 40, "total": 40, "unit": "rows"}
+    last = {"event": "progress", "phase": "tokenise", "done": 40, "total": 40, "unit": "rows"}
+    assert progress[-1] == last
+    assert progress.count(last) == 1
 
 
 def test_without_packing_each_document_is_a_row(tmp_path: Path, built: Build) -> None:
@@ -80,6 +82,62 @@ def test_a_plain_save_to_disk_folder_is_a_prepared_dataset(tmp_path: Path, built
     assert "leaving out 1 of 4 rows over max_seq_length 8" in events.notes("warning")[0]
     short = PreparedDataset.open(tmp_path / "saved", max_length=8)
     assert contents(short) == [(ids[i], labels[i]) for i in (0, 1, 3)]
+
+
+def save_splits(folder: Path, **splits: list[list[int]]) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(
+        {name: Dataset.from_dict({"input_ids": ids, "labels": ids}) for name, ids in splits.items()}
+    ).save_to_disk(folder)
+    return folder
+
+
+GOOD, LONG, UNFIT = [1, 2, 3], [1] * 9, [1, 9999]
+
+
+def test_which_splits_are_used(tmp_path: Path, built: Build, events: Events) -> None:
+    folder = save_splits(tmp_path / "three", train=[GOOD] * 3, validation=[GOOD] * 2, test=[GOOD])
+    result = built(cache=folder)
+    assert (result.documents, result.eval_documents, result.eval_target_tokens) == (3, 2, 4)
+    assert [(source["path"], source["evaluation"]) for source in result.sources] == [
+        (f"{folder}/train", False), (f"{folder}/validation", True),
+    ]  # fmt: skip
+    assert len(PreparedDataset.open(folder, EVAL_DIR)) == 2
+    folder = save_splits(tmp_path / "two", train=[GOOD], test=[GOOD])
+    assert built(cache=folder).eval_documents == 0
+    assert events.notes("info") == [
+        f"{tmp_path}/three: of its splits, 'train' is trained, 'validation' is evaluated, 'test' not used",
+        f"{tmp_path}/two: of its splits, 'train' is trained, none is evaluated, 'test' not used",
+    ]
+    save_splits(tmp_path / "both", train=[GOOD], eval=[GOOD] * 2, validation=[GOOD] * 3)
+    assert built(cache=tmp_path / "both").eval_documents == 2
+
+
+def test_the_evaluation_part_of_a_prepared_dataset_is_checked_too(tmp_path: Path, built: Build, events: Events) -> None:
+    folder = save_splits(tmp_path / "unfit", train=[GOOD], eval=[GOOD, UNFIT])
+    with pytest.raises(DataError, match=r"unfit/eval: row 1: 'input_ids' has the id 9999"):
+        built(cache=folder)
+    folder = save_splits(tmp_path / "long", train=[GOOD], eval=[LONG, GOOD])
+    result = built(cache=folder, max_seq_length=8)
+    assert (result.eval_documents, result.eval_target_tokens) == (1, 2)
+    assert result.sources[1] == {
+        "path": f"{folder}/eval", "format": "prepared", "evaluation": True, "read": 2, "kept": 1, "dropped_overlength": 1
+    }  # fmt: skip
+    assert f"{folder}/eval: leaving out 1 of 2 rows over max_seq_length 8" in events.notes("warning")
+    folder = save_splits(tmp_path / "longer", train=[GOOD], eval=[LONG])
+    with pytest.raises(DataError, match="longer/eval: no rows are left to evaluate on, of 1\n  raise"):
+        built(cache=folder, max_seq_length=8)
+
+
+def test_an_evaluation_part_without_documents_is_none(tmp_path: Path, built: Build, events: Events) -> None:
+    result = built(write_jsonl(tmp_path / "a.jsonl", rows(3)), eval_fraction=1e-9)
+    assert (Path(result.path) / EVAL_DIR / "state.json").is_file()
+    assert not PreparedDataset.has_eval(result.path)
+    assert "the evaluation split is empty" in events.notes("warning")[0]
+    folder = save_splits(tmp_path / "saved", train=[GOOD], eval=[])
+    assert not PreparedDataset.has_eval(folder)
+    assert built(cache=folder).eval_documents == 0
 
 
 @pytest.mark.parametrize(

@@ -317,5 +317,19 @@ def test_what_is_used_and_what_can_go(
     assert [entry.key for entry in cache.entries(folder)] == [unused.key]
 
 
+def test_training_on_an_entry_or_on_a_copy_of_it(
+    tmp_path: Path, data: Path, built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Path(built(data).path)
+    copy = shutil.copytree(entry, tmp_path / "copies" / "mine")
+    monkeypatch.setenv("OSLO_RUN_DIR", str(tmp_path))
+    built(cache=copy)
+    assert [path.name for path in copy.parent.iterdir()] == ["mine"]  # nothing is noted: no cache
+    built(cache=entry)
+    listed = cache.entries(tmp_path / "cache")
+    assert [found.used_by for found in listed] == [(str(tmp_path),)]
+    assert cache.select_for_pruning(listed, older_than_days=None, unused=True) == []
+
+
 def test_an_empty_cache_has_no_entries(tmp_path: Path) -> None:
     assert cache.entries(tmp_path / "nothing") == []
