@@ -29,9 +29,11 @@ class BatchShape:
         return self.per_device * self.accumulation * self.world
 
     def __str__(self) -> str:
+        rows = "row" if self.per_device == 1 else "rows"
         return (
-            f"{self.per_device} rows x {self.accumulation} accumulation x {self.world} "
-            f"process{'es' if self.world > 1 else ''} = {self.rows_per_step} rows a step"
+            f"{self.per_device} {rows} x {self.accumulation} accumulation x {self.world} "
+            f"process{'es' if self.world > 1 else ''} = {self.rows_per_step} "
+            f"{'row' if self.rows_per_step == 1 else 'rows'} a step"
         )
 
 
@@ -95,6 +97,16 @@ def step_plan(training: TrainingArguments, rows: int, world: int, has_eval: bool
     has_eval: whether there is an evaluation split.
     """
     shape = batch_shape(training, world)
+    if training.eval_strategy != "no" and not has_eval:
+        raise ConfigError(
+            [
+                Problem(
+                    "training.eval_strategy",
+                    f"is {training.eval_strategy}, but there is no evaluation split",
+                    "set dataset.eval_fraction or dataset.eval_path, or drop eval_strategy",
+                )
+            ]
+        )
     whole, rest = divmod(rows, shape.rows_per_step)
     per_epoch = whole if training.dataloader_drop_last else whole + bool(rest)
     if per_epoch == 0:

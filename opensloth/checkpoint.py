@@ -30,7 +30,7 @@ PREFIX = "step-"
 class CheckpointState:
     """What a checkpoint says of the run besides tensors.
 
-    plan: hash of the rows. rows_per_step: rows of a step over all ranks. world: ranks that wrote it.
+    plan: the rows and their order. rows_per_step: rows of a step over all ranks. world: ranks that wrote it.
     """
 
     step: int
@@ -46,6 +46,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int | None, world: World) -> None:
         """keep: how many of the newest stay; None: all."""
         self._folder, self._keep, self._world = folder, keep, world
+        self._saved: Path | None = None
 
     def save(self, state: CheckpointState, write_model: Callable[[Path], None], tensors: dict[str, Any] | None) -> Path:
         """Write one checkpoint; every rank calls this, at the same step.
@@ -53,6 +54,8 @@ class Checkpoints:
         write_model: writes the weights into a folder. tensors: what torch.save keeps; None: model only.
         """
         final = self._folder / f"{PREFIX}{state.step:08d}"
+        if self._saved == final:
+            return final  # asked to stop right after a periodic checkpoint
         aside = self._folder / f".{final.name}.tmp"
         if self._world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -66,8 +69,9 @@ class Checkpoints:
             if tensors is not None:
                 torch.save(tensors, aside / OPTIMIZER)
             self._publish(aside, final, state)
-            self._prune()
+            self._prune(state.step)
         barrier(self._world)
+        self._saved = final
         return final
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
@@ -90,14 +94,19 @@ class Checkpoints:
         }
         sync_tree(aside)
         write_json(aside / MANIFEST, {**vars(state), "files": listed})
+        replaced = final.with_name(f".{final.name}.replaced.tmp")
         if final.exists():  # an earlier attempt got as far and was set back
-            shutil.rmtree(final)
+            final.rename(replaced)
         aside.rename(final)
         sync_folder(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    def _prune(self) -> None:
-        if self._keep is not None:
-            for folder in self._all()[self._keep :]:
+    def _prune(self, step: int) -> None:
+        """Keep the newest up to `step`; what is beyond it is of a training that was set back or started anew."""
+        behind = [folder for folder in self._all() if int(folder.name.removeprefix(PREFIX)) <= step]
+        kept = behind[: self._keep]
+        for folder in self._all():
+            if folder not in kept:
                 shutil.rmtree(folder)
 
 

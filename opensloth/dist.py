@@ -30,17 +30,23 @@ class World:
         return self.rank == 0
 
 
-def join_world(*, cuda: bool, timeout_seconds: int) -> World:
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def join_world(*, cuda: bool, timeout_seconds: int, devices: Sequence[int] = (0,)) -> World:
     """Read torchrun's variables, choose the device, and meet the other processes.
 
+    devices: without torchrun, the first of these CUDA devices is used; the launcher shows each rank only its own.
     RANK alone is not trusted: in a pod the operator sets it to the node's number; only torchrun sets LOCAL_RANK.
     """
-    launched = "LOCAL_RANK" in os.environ
+    launched = is_launched()
     rank, local_rank, size = (
         int(os.environ[name]) if launched else default
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank if launched else devices[0]) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not torch_dist.is_initialized():

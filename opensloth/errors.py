@@ -4,7 +4,6 @@ OpenSlothError            message + hint; `cause` is a word of contract.Cause
 ├── ConfigError           one or more Problems in a config (final)
 ├── DataError             rows, tokenizer or template do not fit (final)
 ├── NonFiniteError        loss or gradient is not finite (final)
-├── OutOfMemoryError      the device or the host has too little memory (final)
 └── StopRequested         the ranks agreed to stop: cancelled, terminated, deadline
 """
 
@@ -67,10 +66,6 @@ class DataError(OpenSlothError):
 
 class NonFiniteError(OpenSlothError):
     cause = Cause.NON_FINITE
-
-
-class OutOfMemoryError(OpenSlothError):
-    cause = Cause.OUT_OF_MEMORY
 
 
 class StopRequested(OpenSlothError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opensloth.dist import is_launched
 from opensloth.errors import ConfigError, Problem
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.run_config import RunConfig
@@ -63,14 +64,24 @@ def bring_in_line(
             problems.append(Problem(path, f"{name} {why}", f"--set {path}={mended}{install}"))
         else:
             warnings.append(f"{path}: the default {name} {why}; using {mended}")
-    if len(opensloth.devices) > 1 and 0 < hardware.cuda <= max(opensloth.devices):
-        have = ", ".join(map(str, range(hardware.cuda)))
-        problems.append(Problem("opensloth.devices", f"asks for {opensloth.devices}; this machine has {have}"))
+    problems += _missing_devices(opensloth, hardware)
     if training.bf16 and hardware.cuda and not hardware.bf16:
         problems.append(Problem("training.bf16", "this GPU does not compute in bfloat16", "--set training.bf16=false"))
     if problems:
         raise ConfigError(problems)
     return _replaced(config, hardware), warnings
+
+
+def _missing_devices(opensloth: OpenSlothConfig, hardware: Hardware) -> list[Problem]:
+    """The launcher has checked the numbers, and shows its ranks the chosen devices only."""
+    path, devices = "opensloth.devices", opensloth.devices
+    if not is_launched() and len(devices) > 1:
+        hint = "start it with `oslo submit --local`, or give one device"
+        return [Problem(path, f"{devices} takes a process each, and this is one process", hint)]
+    if not is_launched() and 0 < hardware.cuda <= devices[0]:
+        have = ", ".join(map(str, range(hardware.cuda)))
+        return [Problem(path, f"asks for {devices}; this machine has {have}")]
+    return []
 
 
 def _quantised(opensloth: OpenSlothConfig, training: TrainingArguments) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from opensloth.events import LAUNCHER_RANK, Events
 from opensloth.files import create_json, read_json, write_json
 from opensloth.opensloth_config import OpenSlothConfig
 from opensloth.orders import CAUSES
+from opensloth.run_config import RunConfig
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 120.0
@@ -81,16 +82,26 @@ def launch(run: Path) -> int:
         signal.signal(number, lambda *_: attempt.ask_to_stop(Cause.TERMINATED))
     events = Events(run / contract.EVENTS_FILE, rank=LAUNCHER_RANK, attempt=attempt.number)
     try:
-        config = run_config.load((run / contract.CONFIG_FILE).read_text())
-    except ConfigError as error:
-        return attempt.end(Ending(error.cause, error.message), events)
-    _kill_strays(run)  # ranks that outlived an earlier launcher
-    events.emit("phase", phase="data")
-    ending = _build_data(attempt, events)
-    if ending is None:
-        ending = _run_ranks(attempt, config.opensloth)
+        ending = _prepare_and_train(attempt, events)
+    except Exception as error:  # the boundary: an attempt without an end would look killed
+        ending = Ending(Cause.ERROR, f"the launcher failed: {type(error).__name__}: {error}")
     events.emit("phase", phase="done")
     return attempt.end(ending, events)
+
+
+def _prepare_and_train(attempt: Attempt, events: Events) -> Ending:
+    try:
+        config = run_config.load((attempt.run / contract.CONFIG_FILE).read_text())
+    except ConfigError as error:
+        return Ending(error.cause, error.message)
+    except OSError as error:
+        return Ending(Cause.CONFIG, f"{attempt.run / contract.CONFIG_FILE} cannot be read: {error.strerror}")
+    _kill_strays(attempt.run)  # ranks that outlived an earlier launcher
+    missing = _missing_devices(config)
+    if missing:
+        return missing
+    events.emit("phase", phase="data")
+    return _build_data(attempt, events) or _run_ranks(attempt, config.opensloth)
 
 
 # --- data -------------------------------------------------------------------------------------------
@@ -135,6 +146,17 @@ def _build_data(attempt: Attempt, events: Events) -> Ending | None:
     return Ending(Cause.ERROR, f"data preparation failed with exit code {child.returncode}", f"see {log_path}")
 
 
+def _parsed(line: bytes) -> dict[str, Any]:
+    """An event; whatever else was printed becomes a note."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if isinstance(record, dict) and "event" in record:
+        return record
+    return {"event": "note", "level": "warning", "message": line.decode(errors="replace")}
+
+
 class _Answer:
     """Reads the JSON lines of `python -m opensloth.data build`."""
 
@@ -146,7 +168,7 @@ class _Answer:
     def feed(self, data: bytes) -> None:
         *lines, self._torn = (self._torn + data).split(b"\n")
         for line in lines:
-            record = json.loads(line)
+            record = _parsed(line)
             kind = record.pop("event")
             if kind == "result":
                 self.result = record
@@ -193,10 +215,27 @@ def _environment(attempt: Attempt, config: OpenSlothConfig) -> dict[str, str]:
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(config.devices))))
     env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    chosen = [visible[device] for device in config.devices if device < len(visible)] if visible else config.devices
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+    visible = _visible_devices()
+    if visible:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[device] for device in config.devices)
     return env
+
+
+def _missing_devices(config: RunConfig) -> Ending | None:
+    """How the attempt ends when `devices` names a GPU that is not there; machines without any train on the CPU."""
+    visible, wanted = _visible_devices(), config.opensloth.devices
+    if not visible or config.training.use_cpu or max(wanted) < len(visible):
+        return None
+    have = ", ".join(map(str, range(len(visible))))
+    return Ending(Cause.CONFIG, f"opensloth.devices: asks for {wanted}; this machine has {have}")
+
+
+def _visible_devices() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES lists, or else the numbers of all NVIDIA GPUs; a variable set to nothing hides all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [device for device in given.split(",") if device]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 def _cores() -> int:
@@ -245,7 +284,10 @@ def _classify(code: int, ranks: int, attempt: Attempt, torchrun_says: str) -> En
     if cause:
         return Ending(cause, f"{cause}; the ranks had to be killed, the last checkpoint stands")
     victim, number = _first_killed(torchrun_says) or ("torchrun", -code)
-    name = signal.Signals(number).name if number > 0 else f"exit code {code}"
+    if number <= 0:
+        log = attempt.folder / contract.LAUNCHER_LOG
+        return Ending(Cause.ERROR, f"the ranks could not be run (exit code {code})", f"see {log} and the ranks' logs")
+    name = signal.Signals(number).name
     return Ending(Cause.KILLED, f"{victim} was killed ({name})", _memory_hint(name))
 
 

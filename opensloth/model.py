@@ -43,9 +43,14 @@ def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> 
         )
     base.config.use_cache = False
     model = attach_adapter(base, config)
-    if args.use_gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model, wanted=bool(args.use_gradient_checkpointing))
     return model
+
+
+def recompute_activations(model: nn.Module, *, wanted: bool) -> None:
+    """Trade time for memory in the backward pass."""
+    if wanted:
+        base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def attach_adapter(base: PreTrainedModel, config: OpenSlothConfig) -> nn.Module:
@@ -53,7 +58,11 @@ def attach_adapter(base: PreTrainedModel, config: OpenSlothConfig) -> nn.Module:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if config.pretrained_lora:
-        return PeftModel.from_pretrained(base, config.pretrained_lora, is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(base, config.pretrained_lora, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = f"{config.pretrained_lora!r} is no adapter of this model: {str(error).splitlines()[0]}"
+            raise ConfigError([Problem("opensloth.pretrained_lora", reason)]) from error
     if config.lora_args is None:
         return base.requires_grad_(True)
     lora = config.lora_args
@@ -118,7 +127,7 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None)
         model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         return
     if dtype is None:
-        base.save_pretrained(folder)
+        base.save_pretrained(folder, save_original_format=False)  # named as the parameters are: `load_weights`
         return
     base.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in base.state_dict().items()})
     config_file = folder / "config.json"  # transformers writes the dtype in which the weights were trained
@@ -126,18 +135,28 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put back the weights that `save_model` wrote without rounding."""
+    """Put back the weights that `save_model` wrote without rounding.
+
+    Raises DataError when the folder lacks a weight, or has one that the model does not know.
+    """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     base = base_of(model)
-    if base is not model:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        return
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
-    base.load_state_dict(state, strict=False)  # tied weights are stored once
-    base.tie_weights()
+    if base is not model:
+        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        missing = [name for name in found.missing_keys if "lora_" in name]
+    else:
+        for file in sorted(folder.glob("*.safetensors")):
+            state |= load_file(file)
+        found = base.load_state_dict(state, strict=False)
+        base.tie_weights()
+        own = base.state_dict()
+        restored = {own[name].data_ptr() for name in state if name in own}
+        missing = [name for name in found.missing_keys if own[name].data_ptr() not in restored]  # tied: stored once
+    if missing or found.unexpected_keys:
+        names = ", ".join([*missing, *found.unexpected_keys][:3])
+        raise DataError(f"{folder}: its weights are not this model's ({names})", "start anew, or use its own model")
 
 
 def published_dtype(args: FastModelArgs) -> torch.dtype | None:

@@ -6,12 +6,13 @@ contradictions inside one class raise at once. Pure: nothing here looks at the m
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from opensloth.training_keys import refusal_of_transformers_key
+from opensloth.training_keys import OPTIMIZERS, SCHEDULERS, refusal_of_transformers_key
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -57,7 +58,14 @@ class FastModelArgs(Section):
     max_lora_rank: int | None = Field(None, ge=1)
     """Upper bound for `lora_args.r`. None: no bound."""
     gpu_memory_utilization: float = Field(0.7, gt=0, le=1)
-    """Share of GPU memory for `fast_inference`; without effect while that is false."""
+    """Belongs to `fast_inference`: only its default is accepted."""
+
+    @field_validator("gpu_memory_utilization")
+    @classmethod
+    def _only_for_inference(cls, share: float) -> float:
+        if share != cls.model_fields["gpu_memory_utilization"].default:
+            raise ValueError("belongs to fast_inference, which SFT does not do: leave it out")
+        return share
 
     @model_validator(mode="after")
     def _one_way_to_load(self) -> FastModelArgs:
@@ -203,7 +211,7 @@ class TrainingArguments(Section):
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Clip the norm of the whole gradient; 0: no clipping."""
     bf16: bool | None = None
@@ -260,6 +268,26 @@ class TrainingArguments(Section):
         if refused:
             raise ValueError("; ".join(refused))
         return kept
+
+    @field_validator("optim", "lr_scheduler_type")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        known = OPTIMIZERS if info.field_name == "optim" else SCHEDULERS
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"{name!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        return name
+
+    @field_validator("max_steps", "warmup_steps")
+    @classmethod
+    def _whole_steps(cls, steps: float, info: ValidationInfo) -> float:
+        if info.field_name == "max_steps" and steps == 0:
+            raise ValueError("0 steps train nothing: give a number above 0, or -1 for whole epochs")
+        if steps > 1 and steps != int(steps):
+            raise ValueError(f"expected whole steps, or a fraction below 1 of all steps, got {steps}")
+        return steps
 
     @model_validator(mode="after")
     def _agree(self) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""The optimizer that a config names, built by transformers' own table of them."""
+"""The optimizer and the schedule that a config names, built by transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
+from opensloth.arithmetic import StepPlan
 from opensloth.errors import ConfigError, Problem
+from opensloth.opensloth_config import TrainingArguments
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], arguments: Any) -> torch.optim.Optimizer:
@@ -28,3 +30,21 @@ def make_optimizer(parameters: Sequence[nn.Parameter], arguments: Any) -> torch.
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError([Problem("training.optim", f"{arguments.optim} cannot be used: {error}")]) from error
     return optimizer
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingArguments, plan: StepPlan) -> Any:
+    """The learning rate's schedule over the plan's steps.
+
+    Raises ConfigError when lr_scheduler_kwargs do not fit lr_scheduler_type.
+    """
+    try:
+        return get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=plan.warmup_steps,
+            num_training_steps=plan.total_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        message = f"do not fit {training.lr_scheduler_type}: {error}"
+        raise ConfigError([Problem("training.lr_scheduler_kwargs", message)]) from error

@@ -234,7 +234,16 @@ def _contradictions(values: Mapping[str, Any], sections: Mapping[str, Any]) -> l
         and values.get("training_type", "sft") != opensloth.get("training_type", "sft")
     ):
         problems.append(Problem("training_type", "differs from opensloth.training_type: keep one of the two"))
+    trained, datasets = sections["training"], sections["dataset"]
+    if trained and datasets and trained.eval_strategy != "no" and not any(_has_evaluation(d) for d in datasets):
+        hint = "set dataset.eval_fraction or dataset.eval_path, or drop eval_strategy"
+        message = f"is {trained.eval_strategy}, but there is no evaluation split"
+        problems.append(Problem("training.eval_strategy", message, hint))
     return problems
+
+
+def _has_evaluation(dataset: DatasetArgs) -> bool:
+    return bool(dataset.eval_path or dataset.eval_fraction)
 
 
 def _problems_of_head(head: Mapping[str, Any]) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -42,12 +43,16 @@ def train(opensloth_config: OpenSlothConfig, training_config: TrainingArguments)
     """
     config = run_config.from_python(opensloth_config, training_config, NAME)
     config, warnings = hardware.bring_in_line(config, hardware.detect(training_config))
-    world = join_world(cuda=_on_cuda(training_config), timeout_seconds=training_config.ddp_timeout)
+    world = join_world(
+        cuda=_on_cuda(training_config),
+        timeout_seconds=training_config.ddp_timeout,
+        devices=opensloth_config.devices,
+    )
     place = place_in(Path(training_config.output_dir or "."))
     events = python_events(place, world)
     built = build(config, events.emit)
     trainer = _trainer(config, _open_parts(Path(built.path)), warnings, world=world, place=place, events=events)
-    result = trainer.train(config.training.resume_from_checkpoint)
+    result = trainer.train()
     trainer.save_model(dtype=_saved_dtype(config))
     barrier(world)
     return result
@@ -73,10 +78,10 @@ def run_rank(run: Path, attempt: int) -> None:
     parts = _open_parts(Path(data["path"]))
     trainer = _trainer(config, parts, warnings, world=world, place=place, events=events)
     events.emit("phase", phase="train")
-    wanted = training.resume_from_checkpoint
-    result = trainer.train(True if wanted is None else wanted)
+    # What this run has done itself counts for more than the checkpoint it was once started from.
+    result = trainer.train(trainer.newest_checkpoint() or training.resume_from_checkpoint or False)
     if world.is_main:
-        _publish(trainer, config, run, result)
+        _publish(trainer, config, run, result, events)
         events.emit("result", final=str(place.final), **_report(result))
     barrier(world)
 
@@ -93,8 +98,9 @@ def _trainer(
     check_reporters(config.training)
     for warning in warnings:
         events.warn(warning)
-    if config.training.tf32 is not None:
-        torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
+    if config.opensloth.log_level == "debug":
+        logging.basicConfig(level=logging.DEBUG)
+        transformers.logging.set_verbosity_debug()
     events.emit("phase", phase="model")
     model_args = config.opensloth.fast_model_args
     tokenizer = load_tokenizer(
@@ -123,7 +129,7 @@ def _saved_dtype(config: RunConfig) -> torch.dtype | None:
     return published_dtype(model) if model.full_finetuning else None
 
 
-def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainResult) -> None:
+def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainResult, events: Events) -> None:
     """Put the result in place whole, then the report that says so; copy it to output_dir if that is given."""
     final, aside = run / contract.FINAL_DIR, run / f".{contract.FINAL_DIR}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
@@ -131,8 +137,6 @@ def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainRes
     sync_tree(aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    if config.training.output_dir:
-        shutil.copytree(final, config.training.output_dir, dirs_exist_ok=True)
     versions = {
         "opensloth": __version__,
         "torch": torch.__version__,
@@ -140,6 +144,11 @@ def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainRes
     }
     report = {"final": str(final), "output_dir": config.training.output_dir, "versions": versions}
     write_json(run / contract.REPORT_FILE, report | _report(result))
+    if config.training.output_dir:
+        try:
+            shutil.copytree(final, config.training.output_dir, dirs_exist_ok=True)
+        except OSError as error:  # the run has succeeded all the same
+            events.warn(f"training.output_dir got no copy of {final}: {error}")
 
 
 def _report(result: TrainResult) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
     """(cause, message, hint) of whatever ended this rank."""
     if isinstance(error, OpenSlothError):
         return error.cause, error.message, error.hint
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         hint = (
             "try a smaller training.per_device_train_batch_size or max_seq_length, "
             "or opensloth.fast_model_args.use_gradient_checkpointing: true"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerState, get_scheduler
+from transformers import TrainerState
 
 from opensloth import arithmetic, checkpoint
 from opensloth.contract import Cause
@@ -22,7 +22,7 @@ from opensloth.errors import DataError, NonFiniteError, StopRequested
 from opensloth.events import Events
 from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
-from opensloth.optimizer import make_optimizer
+from opensloth.optimizer import make_optimizer, make_scheduler
 from opensloth.orders import CAUSES, Orders
 from opensloth.reporting import Reporting, transformers_arguments
 from opensloth.run_config import RunConfig
@@ -83,18 +83,14 @@ class SftTrainer:
             shuffle=self._training.train_sampling_strategy == "random",
             drop_last=self._training.dataloader_drop_last,
         )
+        order = self._order
+        self._plan_id = f"{train_rows.sha256()} seed {order.seed} shuffle {order.shuffle} drop_last {order.drop_last}"
         self._parameters = trainable_parameters(model)
         broadcast_parameters(self._parameters, world)
         self._objective = Objective(model, autocast=torch.bfloat16 if self._training.bf16 else None)
         arguments = transformers_arguments(self._training, place.final, config.name)
         self._optimizer = make_optimizer(self._parameters, arguments)
-        self._scheduler = get_scheduler(
-            self._training.lr_scheduler_type,
-            self._optimizer,
-            num_warmup_steps=self.plan.warmup_steps,
-            num_training_steps=self.plan.total_steps,
-            scheduler_specific_kwargs=self._training.lr_scheduler_kwargs,
-        )
+        self._scheduler = make_scheduler(self._optimizer, self._training, self.plan)
         self.state = TrainerState(
             max_steps=self.plan.total_steps,
             num_train_epochs=math.ceil(self._training.num_train_epochs),
@@ -112,23 +108,27 @@ class SftTrainer:
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainResult:
         """Train to the end of the plan.
 
-        resume_from_checkpoint: a folder; True: the newest of this run, if there is one; None or False: from the start.
+        resume_from_checkpoint: a folder; True: the newest of this run, if there is one; False: from the start;
+            None: as the config's resume_from_checkpoint says.
         Raises NonFiniteError, and StopRequested after a checkpoint when somebody asked to stop.
         """
         started = time.monotonic()
         torch.manual_seed(self._training.seed + self._world.rank)
-        first = self._resume(resume_from_checkpoint)
+        wanted = self._training.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        first = self._resume(wanted)
         self._reporting.begin()
         self.model.train()
         meter = Meter(self._world.device, self.plan.total_steps)
         if self._training.eval_on_start and first == 0:
             self.evaluate()
-        with self._place.orders:
-            for step in range(first, self.plan.total_steps):
-                self._leave_if_asked(step, first)
-                meter.add(self._step(step))
-                self._after_step(step + 1, meter)
-        self._reporting.end()
+        try:
+            with self._place.orders:
+                for step in range(first, self.plan.total_steps):
+                    self._leave_if_asked(step, first)
+                    meter.add(self._step(step))
+                    self._after_step(step + 1, meter)
+        finally:
+            self._reporting.end()
         return TrainResult(
             self.plan.total_steps, self._loss, self._eval_loss, self._targets_seen, time.monotonic() - started
         )
@@ -164,6 +164,10 @@ class SftTrainer:
             seconds=round(time.monotonic() - started, 3),
         )
         return metrics
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of this run that is whole, if there is one."""
+        return self._checkpoints.newest(self._events.warn)
 
     def save_model(self, output_dir: str | Path | None = None, dtype: torch.dtype | None = None) -> Path:
         """Write adapter or model, tokenizer and template; rank 0 writes, the others return at once.
@@ -248,14 +252,13 @@ class SftTrainer:
             return
         if step > first and cause != Cause.SUPERSEDED:
             self._save(step)
-        self._reporting.end()
         raise StopRequested(cause, f"{cause} after step {step} of {self.plan.total_steps}")
 
     def _save(self, step: int) -> None:
         started = time.monotonic()
         state = checkpoint.CheckpointState(
             step=step,
-            plan=self._train_rows.sha256(),
+            plan=self._plan_id,
             rows_per_step=self.plan.shape.rows_per_step,
             world=self._world.size,
             targets_seen=self._targets_seen,
@@ -276,18 +279,20 @@ class SftTrainer:
         """Put everything back as it was after the checkpoint's step; returns that step."""
         if not wanted:
             return 0
-        folder = self._checkpoints.newest(self._events.warn) if wanted is True else Path(wanted)
+        folder = self.newest_checkpoint() if wanted is True else Path(wanted)
         if folder is None:
             return 0
         fault = checkpoint.fault_in(folder)
         if fault:
             raise DataError(f"cannot resume from {folder}: {fault}", "choose another checkpoint, or start anew")
         state = checkpoint.read_state(folder)
-        if (state.plan, state.rows_per_step) != (self._train_rows.sha256(), self.plan.shape.rows_per_step):
+        if (state.plan, state.rows_per_step) != (self._plan_id, self.plan.shape.rows_per_step):
             raise DataError(
-                f"cannot resume from {folder}: it was trained on other rows, or on other rows a step",
-                "restore the data and the batch size it was written with, or start anew",
+                f"cannot resume from {folder}: it was trained on other rows, in another order or on other rows a step",
+                "restore the data, the seed and the batch size it was written with, or start anew",
             )
+        if state.step >= self.plan.total_steps:
+            raise DataError(f"cannot resume from {folder}: it has all {self.plan.total_steps} steps of the plan")
         load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder, self._world)
         self._optimizer.load_state_dict(tensors["optimizer"])

@@ -7,18 +7,20 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from pydantic import ValidationError
 from torch import nn
 
-from opensloth import hardware
+from opensloth import hardware, run_config
 from opensloth.contract import CHECKPOINTS_DIR, EVENTS_FILE, TENSORBOARD_DIR
 from opensloth.data.in_memory import InMemoryDocuments
 from opensloth.data.prepared import PreparedDataset
 from opensloth.data.training_data import PreparedDocuments, make_rows
 from opensloth.dist import World, join_world
-from opensloth.errors import ConfigError, Problem
+from opensloth.errors import ConfigError, DataError, Problem
 from opensloth.events import Events, NullEvents
-from opensloth.model import attach_adapter, base_of, check_fits, isolate_documents, vocabulary_of
+from opensloth.model import attach_adapter, base_of, check_fits, isolate_documents, recompute_activations, vocabulary_of
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.reporting import check_reporters
 from opensloth.run_config import RunConfig, from_python
@@ -53,15 +55,15 @@ def create_sft_trainer(
     config, warnings = hardware.bring_in_line(config, hardware.detect(training), model_is_loaded=True)
     check_reporters(config.training)
     device = next(model.parameters()).device
-    world = join_world(cuda=device.type == "cuda", timeout_seconds=training.ddp_timeout)
+    world = join_world(cuda=device.type == "cuda", timeout_seconds=training.ddp_timeout, devices=[device.index or 0])
     place = place_in(Path(training.output_dir or TrainingArguments().output_dir or "."))
     events = python_events(place, world)
     for warning in warnings:
         events.warn(warning)
     if not hasattr(model, "peft_config"):
         model = attach_adapter(base_of(model), config.opensloth)
-    if getattr(hf_train_args, "gradient_checkpointing", False):
-        base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    asked = getattr(hf_train_args, "gradient_checkpointing", False)
+    recompute_activations(model, wanted=bool(asked or config.opensloth.fast_model_args.use_gradient_checkpointing))
     base_of(model).config.use_cache = False
     documents = _documents(train_dataset, "train_dataset", model, config)
     eval_documents = None if eval_dataset is None else _documents(eval_dataset, "eval_dataset", model, config)
@@ -80,6 +82,8 @@ def assemble(
 ) -> SftTrainer:
     """Plan the rows of (train, eval) documents, packed if model and config allow it, and make the trainer."""
     check_fits(model, tokenizer)
+    if config.training.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
     packed = config.opensloth.sequence_packing
     if packed:
         obstacle = isolate_documents(model)
@@ -89,9 +93,11 @@ def assemble(
     capacity = config.opensloth.fast_model_args.max_seq_length
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train_rows, eval_rows = (
-        None if part is None else make_rows(part, capacity, packed=packed, pad_id=pad_id) for part in documents
+        make_rows(part, capacity, packed=packed, pad_id=pad_id) if part is not None and len(part) else None
+        for part in documents
     )
-    assert train_rows is not None
+    if train_rows is None or not len(train_rows):
+        raise DataError("there is nothing to train on", "the dataset has no document that fits max_seq_length")
     trainer = SftTrainer(model, tokenizer, train_rows, eval_rows, config, world=world, place=place, events=events)
     plan = trainer.plan
     events.emit(
@@ -156,7 +162,10 @@ def _our_arguments(given: TrainingArguments | transformers.TrainingArguments) ->
                 problems.append(Problem(f"hf_train_args.{field.name}", reason))
     if problems:
         raise ConfigError(problems)
-    return TrainingArguments(**_translated(kept))
+    try:
+        return TrainingArguments(**_translated(kept))
+    except ValidationError as error:
+        raise ConfigError(run_config.problems_from(error, "hf_train_args", TrainingArguments)) from error
 
 
 def _translated(values: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +175,8 @@ def _translated(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("save_strategy") != "steps":
         values.pop("save_steps", None)
     for name in ("save_steps", "eval_steps", "logging_steps"):
-        if values.get(name) is not None:
-            values[name] = max(1, int(values[name]))
+        if values.get(name) is not None and values[name] == int(values[name]):
+            values[name] = int(values[name])  # a fraction of all steps is left as it is, and refused
     values["report_to"] = values.get("report_to") or "none"
     return values
 

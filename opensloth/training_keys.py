@@ -53,7 +53,42 @@ FIXED: Final[dict[str, tuple[Any, str]]] = {
     "enable_jit_checkpoint": (False, "every run checkpoints when it is asked to stop"),
     "ddp_find_unused_parameters": (False, "gradients are reduced in one flat buffer"),
 }
-"""name: (the value that oslo uses, why there is no other). False and 0 also stand for "not given"."""
+"""name: (the value that oslo uses, why there is no other)."""
+
+OPTIMIZERS: Final = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+    "sgd",
+)
+"""transformers' optimizers less those that need a loop of their own (schedule-free, GaLore, LOMO and their like)."""
+
+SCHEDULERS: Final = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
+"""transformers' schedules less those that follow a metric."""
 
 _LAUNCHER = "processes and devices come from opensloth.devices or job"
 _SHARDING = "sharding is not there yet; use LoRA, 4-bit or a smaller model"

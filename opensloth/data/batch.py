@@ -44,17 +44,13 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on `device`."""
-        inputs = {
-            key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in self.inputs.items()
-        }
-        return Batch(
-            inputs,
-            self.predictors.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            self.tokens,
-        )
+        """A copy on `device`; to CUDA from pinned memory, without waiting for it."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        inputs = {key: moved(value) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        return Batch(inputs, moved(self.predictors), moved(self.targets), self.tokens)
 
 
 def flat_batch(documents: Documents, indices: npt.NDArray[np.integer]) -> Batch:

@@ -71,6 +71,11 @@ def test_evaluation_follows_the_split_unless_it_was_switched_off() -> None:
     assert step_plan(steps, rows=41, world=1, has_eval=True).eval_interval == 3
 
 
+def test_an_evaluation_that_was_asked_for_needs_a_split() -> None:
+    with pytest.raises(ConfigError, match="no evaluation split"):
+        step_plan(TrainingArguments(eval_strategy="epoch"), rows=8, world=1)
+
+
 def test_warnings() -> None:
     assert plan_warnings(step_plan(TrainingArguments(max_steps=1000), rows=8, world=1)) == []
     few, warm_up = plan_warnings(step_plan(TrainingArguments(max_steps=40), rows=8, world=1))

@@ -106,11 +106,15 @@ def test_without_its_package_quantisation_names_the_package(tmp_path: Path) -> N
         bring_in_line(config, Hardware(cuda=1, bf16=True, bitsandbytes=False))
 
 
-def test_devices_that_are_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [([3], r"asks for \[3\]; this machine has 0"), ([0, 1], "takes a process each, and this is one process")],
+)
+def test_devices_that_are_not_there(tmp_path: Path, devices: list[int], said: str) -> None:
     config = from_python(
-        documented(tmp_path).model_copy(update={"devices": [0, 3]}), documented_training(tmp_path), "sft"
+        documented(tmp_path).model_copy(update={"devices": devices}), documented_training(tmp_path), "sft"
     )
-    with pytest.raises(ConfigError, match=r"asks for \[0, 3\]; this machine has 0"):
+    with pytest.raises(ConfigError, match=said):
         bring_in_line(config, GPU)
 
 

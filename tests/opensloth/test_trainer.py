@@ -81,9 +81,10 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, full: bool, interrupted_
     """Dropout on, mid-epoch and across epochs."""
     whole = trainer(tmp_path / "whole", full=full)
     whole.train()
-    first = trainer(tmp_path / "cut", full=full, save_strategy="steps", save_steps=interrupted_after)
+    options = {"save_strategy": "steps", "save_steps": interrupted_after, "save_total_limit": None}
+    first = trainer(tmp_path / "cut", full=full, **options)
     first.train()  # goes to the end; what counts is the checkpoint on the way
-    kept = sorted((tmp_path / "cut" / "checkpoints").glob("step-*"))[0]
+    kept = tmp_path / "cut" / "checkpoints" / f"step-{interrupted_after:08d}"
     resumed = trainer(tmp_path / "cut", full=full)
     resumed.train(resume_from_checkpoint=kept)
     assert [e for e in losses(tmp_path / "cut").items()] == [e for e in losses(tmp_path / "whole").items()]
@@ -128,6 +129,39 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert "cut short" in heard[1]
     with pytest.raises(DataError, match="does not match its hash"):
         trainer(tmp_path).train(resume_from_checkpoint=kept[2])
+
+
+def test_training_anew_in_the_same_folder_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=30, save_strategy="steps", save_steps=5).train()
+    trainer(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    with pytest.raises(DataError, match="it has all 6 steps"):
+        trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=True)
+
+
+def test_every_weight_of_a_mixture_of_experts_is_restored(tmp_path: Path) -> None:
+    """Its published names differ from its parameters' names."""
+
+    def made(seed: int, **options: Any) -> SftTrainer:
+        model = tiny.make_model("mixtral", seed)
+        chosen = arguments(tmp_path, max_steps=4, **options)
+        return create_sft_trainer(model, tiny.make_tokenizer(), ROWS, config(full_finetuning=True), chosen)
+
+    whole = made(0, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = made(1)
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-00000002")
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    other = create_sft_trainer(
+        tiny.make_model(), tiny.make_tokenizer(), ROWS, config(full_finetuning=True), arguments(tmp_path)
+    )
+    with pytest.raises(DataError, match="its weights are not this model's"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_old_checkpoints_go(tmp_path: Path) -> None:
@@ -280,6 +314,27 @@ def test_transformers_arguments_that_cannot_be_honoured_are_refused(tmp_path: Pa
 def test_rows_that_cannot_be_trained_on_are_named(tmp_path: Path, row: dict[str, list[int]], said: str) -> None:
     with pytest.raises(DataError, match=said):
         trainer(tmp_path, [*tiny.random_rows(2), row])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"save_steps": 0.1}, "save_steps"),
+        ({"report_to": ["comet_ml"]}, "report_to"),
+        ({"optim": "schedule_free_adamw"}, "optim"),
+    ],
+)
+def test_values_of_transformers_arguments_that_cannot_be_honoured(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    theirs = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+    with pytest.raises(ConfigError, match=f"hf_train_args.{said}"):
+        create_sft_trainer(tiny.make_model(), tiny.make_tokenizer(), ROWS, config(), theirs)
+
+
+def test_schedule_arguments_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: do not fit linear"):
+        trainer(tmp_path, lr_scheduler_kwargs={"foo": 1})
 
 
 def test_a_reporter_that_is_not_installed(tmp_path: Path) -> None:

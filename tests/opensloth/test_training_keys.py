@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import transformers
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from opensloth import run_config
 from opensloth.opensloth_config import TrainingArguments
-from opensloth.training_keys import FIXED, REFUSED, refusal_of_transformers_key
+from opensloth.training_keys import FIXED, OPTIMIZERS, REFUSED, SCHEDULERS, refusal_of_transformers_key
 
 THEIRS = sorted(field.name for field in dataclasses.fields(transformers.TrainingArguments))
 SEED_DEFAULTS = {
@@ -51,6 +53,19 @@ def test_a_fixed_key_takes_its_one_value_and_no_other(name: str) -> None:
     other = (not value) if isinstance(value, bool) else "something else"
     with pytest.raises(ValueError, match=f"{name}: only .* is possible: .*"):
         TrainingArguments(**{name: other})
+
+
+def test_optimizers_and_schedules_are_transformers_own() -> None:
+    assert set(OPTIMIZERS) <= {member.value for member in OptimizerNames}
+    assert set(SCHEDULERS) <= {member.value for member in SchedulerType}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"), [("optim", "adamw_torhc", "adamw_torch"), ("lr_scheduler_type", "linaer", "linear")]
+)
+def test_names_of_optimizers_and_schedules_are_checked(key: str, value: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean {meant}"):
+        TrainingArguments(**{key: value})
 
 
 def test_zero_is_not_false() -> None:

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -47,6 +48,7 @@ CONFIGS: dict[str, Any] = {
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=8),
     "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "gemma3": lambda: Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2
     ),
