@@ -52,6 +52,9 @@ DATA_FILE: Final = "data.json"
 """What `python -m opensloth.data build` answered: where the prepared dataset lies, and its counts."""
 
 LAUNCHER_LOG: Final = "launcher.log"
+TORCHRUN_LOG: Final = "torchrun.log"
+"""What torchrun prints: when ranks leave, that is a page which says less than `ended.json`."""
+
 RANK_LOG: Final = "rank-{rank}.log"
 RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
 """{"cause", "message", "hint", "time"}: why this rank left, written by the rank itself."""

@@ -196,15 +196,13 @@ def _run_ranks(attempt: Attempt, config: OpenSlothConfig) -> Ending:
         *("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)),
         *("-m", "opensloth.train"),
     ]
-    log_path = attempt.folder / contract.LAUNCHER_LOG
-    with log_path.open("ab") as log:
-        begin = log.tell()
+    log_path = attempt.folder / contract.TORCHRUN_LOG
+    with log_path.open("wb") as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=log, env=_environment(attempt, config), start_new_session=True
         )
     _wait(child, attempt)
-    torchrun_says = log_path.read_bytes()[begin:].decode(errors="replace")
-    return _classify(child.returncode, ranks, attempt, torchrun_says)
+    return _classify(child.returncode, ranks, attempt, log_path.read_text(errors="replace"))
 
 
 def _environment(attempt: Attempt, config: OpenSlothConfig) -> dict[str, str]:
@@ -285,7 +283,7 @@ def _classify(code: int, ranks: int, attempt: Attempt, torchrun_says: str) -> En
         return Ending(cause, f"{cause}; the ranks had to be killed, the last checkpoint stands")
     victim, number = _first_killed(torchrun_says) or ("torchrun", -code)
     if number <= 0:
-        log = attempt.folder / contract.LAUNCHER_LOG
+        log = attempt.folder / contract.TORCHRUN_LOG
         return Ending(Cause.ERROR, f"the ranks could not be run (exit code {code})", f"see {log} and the ranks' logs")
     name = signal.Signals(number).name
     return Ending(Cause.KILLED, f"{victim} was killed ({name})", _memory_hint(name))
