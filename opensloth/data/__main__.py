@@ -9,54 +9,83 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause, ExitCode
+from opensloth.data.file_errors import file_errors
 from opensloth.errors import OpenSlothError
 from opensloth.run_config import RunConfig, load
+
+if TYPE_CHECKING:
+    from opensloth.data.losses import Report
+
+_STDOUT, _STDERR = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of its outcome's cause."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    if options.output == "text":
+        return _run(options, _say_to_people)
     try:
-        command(options)
-    except OpenSlothError as error:
-        _fail(options, error)
-        return EXIT_CODE_OF_CAUSE[error.cause]
+        with _stdout_for_events() as say:
+            return _run(options, say)
     except BrokenPipeError:  # nobody reads any more
         return ExitCode.ERROR
-    except OSError as error:  # a full disk, a missing right: nothing a traceback would explain
-        _fail(options, OpenSlothError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+    except OSError as error:
+        sys.stderr.write(f"error: standard output: {error.strerror}\n")
         return ExitCode.ERROR
+
+
+def _run(options: argparse.Namespace, say: Report) -> int:
+    command: Callable[[argparse.Namespace, Report], None] = options.command
+    try:
+        with file_errors(getattr(options, "cache", None) or "opensloth.data_cache_path"):
+            command(options, say)
+    except OpenSlothError as error:
+        say("error", cause=error.cause, message=error.message, hint=error.hint)
+        return EXIT_CODE_OF_CAUSE[error.cause]
     return ExitCode.SUCCEEDED
 
 
-def say(event: str, /, **fields: Any) -> None:
-    """Write one event as a line of JSON."""
-    sys.stdout.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+@contextmanager
+def _stdout_for_events() -> Iterator[Report]:
+    """Standard output for the events alone; what else is printed, by any library, goes to standard error."""
     sys.stdout.flush()
+    # Half a surrogate pair, as in names of files that are not UTF-8, stays readable JSON: \udc80.
+    with os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8", errors="backslashreplace") as lines:
+
+        def say(event: str, /, **fields: Any) -> None:
+            lines.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+            lines.flush()
+
+        os.dup2(_STDERR, _STDOUT)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield say
+        finally:
+            os.dup2(lines.fileno(), _STDOUT)
 
 
-def _fail(options: argparse.Namespace, error: OpenSlothError) -> None:
-    if getattr(options, "output", "json") == "json":
-        say("error", cause=error.cause, message=error.message, hint=error.hint)
-    else:
-        sys.stderr.write(f"error: {error}\n")
+def _say_to_people(event: str, /, **fields: Any) -> None:
+    """Only errors: a preview has its notes in its text."""
+    if event == "error":
+        hint = f"\n  {fields['hint']}" if fields["hint"] else ""
+        sys.stderr.write(f"error: {fields['message']}{hint}\n")
 
 
-def _build(options: argparse.Namespace) -> None:
+def _build(options: argparse.Namespace, say: Report) -> None:
     from opensloth.data.build import build
 
     say("result", **asdict(build(_config(options), say)))
 
 
-def _preview(options: argparse.Namespace) -> None:
+def _preview(options: argparse.Namespace, say: Report) -> None:
     from opensloth.data.preview import as_text, preview
 
     seen = preview(_config(options), options.rows)
@@ -67,13 +96,13 @@ def _preview(options: argparse.Namespace) -> None:
         sys.stdout.write(as_text(seen, color=color))
 
 
-def _ls(options: argparse.Namespace) -> None:
+def _ls(options: argparse.Namespace, say: Report) -> None:
     from opensloth.data.cache import entries
 
     say("result", entries=[_shown(entry) for entry in entries(_cache(options))])
 
 
-def _prune(options: argparse.Namespace) -> None:
+def _prune(options: argparse.Namespace, say: Report) -> None:
     from opensloth.data.cache import entries, remove_entry, select_for_pruning
 
     found = entries(_cache(options))
@@ -84,7 +113,7 @@ def _prune(options: argparse.Namespace) -> None:
     say("result", removed=options.yes, entries=[_shown(entry) for entry in chosen])
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _verify(options: argparse.Namespace, say: Report) -> None:
     from opensloth.data.cache import damaged_files, entries
     from opensloth.errors import DataError
 
@@ -121,9 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m opensloth.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(name: str, command: Callable[[argparse.Namespace, Report], None]) -> argparse.ArgumentParser:
         sub = commands.add_parser(name)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, output="json")
         return sub
 
     def add_config(sub: argparse.ArgumentParser) -> None:

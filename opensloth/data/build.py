@@ -16,6 +16,7 @@ from opensloth import __version__
 from opensloth.data import cache
 from opensloth.data.documents import Document
 from opensloth.data.epoch import count_epoch
+from opensloth.data.file_errors import file_errors
 from opensloth.data.lock import BuildLock, LockObserver, describe_holder
 from opensloth.data.losses import Report, check_totals, warn_of_losses
 from opensloth.data.prepare import SourcePreparation, Target
@@ -69,15 +70,20 @@ class _Part:
 def build(config: RunConfig, report: Report) -> BuiltData:
     """Prepare the datasets of `config`, or reuse what is there.
 
-    Raises DataError when rows, tokenizer or template do not fit, or the cache cannot be written.
+    Raises DataError when rows, tokenizer or template do not fit, or a file cannot be read or written.
     """
-    if config.dataset is None:
+    folder = Path(config.opensloth.data_cache_path)
+    with file_errors(folder):
+        if config.dataset is not None:
+            return _find_or_build(config, config.dataset, folder, report)
         from opensloth.data.existing import open_existing
 
         return open_existing(config, report)
-    folder = Path(config.opensloth.data_cache_path)
+
+
+def _find_or_build(config: RunConfig, datasets: list[DatasetArgs], folder: Path, report: Report) -> BuiltData:
     _refuse_prepared_folder(folder)
-    parts = _open_parts(config.dataset)
+    parts = _open_parts(datasets)
     key = _key(config, parts)
     entry = folder / key
     footer, reused = cache.read_entry(entry), True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opensloth.contract import ROOT_ENV
+from opensloth.data.file_errors import file_errors
 from opensloth.data.readers import count_rows, is_data_file, read_file, without_nulls
 from opensloth.data.rows import Row
 from opensloth.errors import DataError
@@ -69,10 +70,10 @@ class FileSource:
 
     def fingerprint(self) -> str:
         if self.files == (self.root,):
-            return file_sha256(self.root)
+            return _sha256(self.root)
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.relative_to(self.root).as_posix()}\0{file_sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(self.root).as_posix()}\0{_sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def count(self) -> int | None:
@@ -82,7 +83,13 @@ class FileSource:
 
     def rows(self) -> Iterator[Row]:
         for file in self.files:
-            yield from read_file(file)
+            with file_errors(file):
+                yield from read_file(file)
+
+
+def _sha256(file: Path) -> str:
+    with file_errors(file):
+        return file_sha256(file)
 
 
 @dataclass

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from opensloth.data.__main__ import main
 from opensloth.data.documents import IGNORE
 from opensloth.data.prepared import PreparedDataset
 from opensloth.run_config import RunConfig, dump
+from opensloth.tokenizer import load_tokenizer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -28,14 +32,14 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
     """Run a command with a config on stdin; returns its exit code and stdout."""
 
     def run(*arguments: str, **config: Any) -> tuple[int, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(dump(make_config(**config))))
         code = main(list(arguments))
-        return code, capsys.readouterr().out
+        return code, capfd.readouterr().out
 
     return run
 
@@ -67,12 +71,73 @@ def test_an_error_has_its_cause_and_exit_code(call: Any, tmp_path: Path) -> None
     assert error["hint"]
 
 
-def test_a_config_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--config", str(tmp_path / "nothing.yaml")]) == ExitCode.CONFIG
-    assert last(capsys.readouterr().out)["message"] == f"{tmp_path}/nothing.yaml: No such file or directory"
+    assert last(capfd.readouterr().out)["message"] == f"{tmp_path}/nothing.yaml: No such file or directory"
     (tmp_path / "c.yaml").write_text("{}")
     assert main(["build", "--config", str(tmp_path / "c.yaml")]) == ExitCode.CONFIG
-    assert last(capsys.readouterr().out)["cause"] == "config"
+    assert last(capfd.readouterr().out)["cause"] == "config"
+
+
+def test_what_libraries_print_is_not_among_the_events(
+    make_config: MakeConfig, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(*args: Any, **options: Any) -> Any:
+        sys.stdout.write("from Python\n")
+        os.write(1, b"from C\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        return load_tokenizer(*args, **options)
+
+    monkeypatch.setattr("opensloth.data.build.load_tokenizer", noisy)
+    monkeypatch.setattr("sys.stdin", io.StringIO(dump(make_config(data))))
+    assert main(["build", "--config", "-"]) == ExitCode.SUCCEEDED
+    output, errors = capfd.readouterr()
+    assert {json.loads(line)["event"] for line in output.splitlines()} == {"note", "progress", "result"}
+    assert {"from Python", "from C", "from a child"} <= set(errors.splitlines())
+    os.write(1, b"afterwards\n")
+    assert capfd.readouterr().out == "afterwards\n"
+
+
+def test_a_name_that_is_not_utf8_is_still_an_event(call: Any, tmp_path: Path) -> None:
+    code, output = call("ls", "--cache", os.fsdecode(b"/no/\xff"))
+    assert (code, last(output)["entries"]) == (0, [])
+    code, output = call("verify", "--cache", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    assert (code, last(output)["verified"]) == (0, [])
+
+
+def test_a_file_that_cannot_be_read(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("/proc/self/mem")  # a regular file whose first page nobody may read
+    for command in ("build", "preview"):
+        output = ["-o", "json"] if command == "preview" else []
+        code, said = call(command, "--config", "-", *output, path=tmp_path / "a.jsonl")
+        assert code == ExitCode.DATA
+        assert last(said)["message"] == f"{tmp_path}/a.jsonl: Input/output error"
+
+
+def run_with(limits: str, config: str, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """`build` in a shell that was given `limits` before."""
+    command = f'{limits}; exec "{sys.executable}" -m opensloth.data build --config -'
+    return subprocess.run(
+        ["bash", "-c", command], input=config, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+
+
+def test_a_disk_that_takes_no_more(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat(f"say {i}", f"{i}")} for i in range(999)])
+    done = run_with("ulimit -f 16", dump(make_config(path)))
+    assert done.returncode == ExitCode.DATA
+    message = last(done.stdout)["message"]
+    assert str(tmp_path / "cache") in message
+    assert "File too large" in message
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_output_that_takes_no_more(make_config: MakeConfig, data: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run_with("true", dump(make_config(data)), stdout=full)
+    assert done.returncode == ExitCode.ERROR
+    assert done.stderr == "error: standard output: No space left on device\n"
 
 
 def test_ls_prune_and_verify(call: Any, data: Path, tmp_path: Path) -> None:
@@ -154,7 +219,7 @@ def test_preview_finds_what_is_wrong(call: Any, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_preview_with_nothing_kept_or_no_dataset(call: Any, tmp_path: Path, capsys: Any) -> None:
+def test_preview_with_nothing_kept_or_no_dataset(call: Any, tmp_path: Path, capfd: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[2:])
     output = call("preview", "--config", "-", path=path)[1]
     assert "FAIL targets: no document is left of these rows" in output
@@ -165,47 +230,47 @@ def test_preview_with_nothing_kept_or_no_dataset(call: Any, tmp_path: Path, caps
 # --- the seed's command ---------------------------------------------------------------------------
 
 
-def prepare(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
+def prepare(capfd: Any, *arguments: Any) -> tuple[int, str, str]:
     code = prepare_qwen_dataset.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     return code, captured.out, captured.err
 
 
-def test_the_seeds_flags(capsys: Any, data: Path, tmp_path: Path, model_folder: Path) -> None:
+def test_the_seeds_flags(capfd: Any, data: Path, tmp_path: Path, model_folder: Path) -> None:
     output = tmp_path / "prepared"
     flags = ["--tokenizer_name", model_folder, "-i", data, "-o", output, "-n", 5, "-wk", 2, "--max_seq_length", 64]
-    code, out, err = prepare(capsys, *flags, "--gpus", 4, "--instruction_part", "<|im_start|>user\n", "--debug")
+    code, out, err = prepare(capfd, *flags, "--gpus", 4, "--instruction_part", "<|im_start|>user\n", "--debug")
     assert code == 0
     assert f"{output}: 5 documents" in out
     assert "⟦0<|im_end|>⟧" in out
     assert "--gpus is not needed any more" in err
     ids, labels = PreparedDataset.open(output).row(0)
     assert make_tokenizer().decode(ids[labels != IGNORE]) == "0<|im_end|>"
-    code, out, _ = prepare(capsys, *flags, "--no-train_on_target_only")
+    code, out, _ = prepare(capfd, *flags, "--no-train_on_target_only")
     assert code == 0
     ids, labels = PreparedDataset.open(output).row(0)
     assert (ids == labels).all()
 
 
 def test_what_the_seeds_command_prepared_is_trained_as_it_is(
-    call: Any, capsys: Any, data: Path, tmp_path: Path, model_folder: Path
+    call: Any, capfd: Any, data: Path, tmp_path: Path, model_folder: Path
 ) -> None:
-    prepare(capsys, "--tokenizer_name", model_folder, "-i", data, "-o", tmp_path / "prepared")
+    prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-o", tmp_path / "prepared")
     result = last(call("build", "--config", "-", cache=tmp_path / "prepared")[1])
     assert (result["path"], result["documents"]) == (str(tmp_path / "prepared"), 9)
 
 
 def test_the_seeds_command_overwrites_no_other_folder(
-    capsys: Any, data: Path, tmp_path: Path, model_folder: Path
+    capfd: Any, data: Path, tmp_path: Path, model_folder: Path
 ) -> None:
-    code, _, err = prepare(capsys, "--tokenizer_name", model_folder, "-i", data, "-o", tmp_path)
+    code, _, err = prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-o", tmp_path)
     assert code == ExitCode.DATA
     assert "is there and is not a prepared dataset\n  give another --output_dir" in err
     assert data.exists()
 
 
-def test_the_seeds_command_with_wrong_values(capsys: Any, data: Path, model_folder: Path) -> None:
-    code, _, err = prepare(capsys, "--tokenizer_name", model_folder, "-i", data, "-n", 0, "--max_seq_length", 1)
+def test_the_seeds_command_with_wrong_values(capfd: Any, data: Path, model_folder: Path) -> None:
+    code, _, err = prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-n", 0, "--max_seq_length", 1)
     assert code == ExitCode.CONFIG
     assert "opensloth.fast_model_args.max_seq_length" in err
     assert "num_samples is 0" in err
