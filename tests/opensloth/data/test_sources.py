@@ -14,9 +14,10 @@ import pytest
 from data_tools import write_jsonl
 
 from opensloth.data import readers
-from opensloth.data.sources import open_source
+from opensloth.data.sources import VOLUME_PREFIX, is_hub_name, open_source
 from opensloth.errors import DataError
 from opensloth.opensloth_config import DatasetArgs
+from runner import data_paths
 
 ROWS = [{"text": "one"}, {"text": "zwei, «drei»"}, {"text": "a\nb"}]
 
@@ -86,7 +87,26 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         read(tmp_path / "both", split="dev")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nobody/nothing", True), ("nothing", True), ("größe/daten", True), ("a.b/c-d_e", True),
+        ("here/nothing", False), ("here", False), ("-nobody/nothing", False), ("./nothing", False), ("a/b/c", False),
+        ("../nothing", False), ("~/nothing", False), ("nobody/a.jsonl", False), ("nobody/a.jsonl.zst", False),
+        ("nobody/a.txt", False), ("a.tsv", False), ("", False), ("pvc:a", False),
+    ],
+)  # fmt: skip
+def test_a_hub_name_is_what_the_runner_takes_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(text) is expected
+    assert data_paths.is_hub_name(text, tmp_path) is expected
+
+
 def test_pvc_paths_start_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert VOLUME_PREFIX == data_paths.VOLUME_PREFIX
     monkeypatch.setenv("OSLO_ROOT", str(tmp_path))
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     assert read("pvc:x.jsonl") == ROWS
