@@ -18,6 +18,7 @@ from typing import Any
 from opensloth.contract import EXIT_CODE_OF_CAUSE, ROOT_ENV
 from opensloth.data import cache
 from opensloth.data.build import BuiltData, build
+from opensloth.data.file_errors import file_errors
 from opensloth.data.prepared import FOOTER_FILE
 from opensloth.data.preview import as_text, preview
 from opensloth.errors import ConfigError, DataError, OpenSlothError
@@ -34,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = config_of(options)
         output = Path(options.output_dir or default_name(options))
-        _check_output(output)
-        data = build(config, _report)
-        _publish(Path(data.path), output)
+        with file_errors(output):
+            _check_output(output)
+            data = build(config, _report)
+            _publish(Path(data.path), output)
         sys.stdout.write(_summary(data, output))
         if options.debug:
             sys.stdout.write(as_text(preview(config, DEBUG_ROWS), color=sys.stdout.isatty()))
@@ -95,9 +97,16 @@ def _publish(entry: Path, output: Path) -> None:
     """Put the cache entry's files at `output`, as hard links where the file system allows it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.building")
-    shutil.copytree(entry, aside, copy_function=_link_or_copy)
-    cache.remove_folder(output)
-    aside.rename(output)
+    try:
+        shutil.copytree(entry, aside, copy_function=_link_or_copy)
+        cache.remove_folder(output)
+        aside.rename(output)
+    except shutil.Error as error:  # lists every file that was not copied; the first says why
+        cache.remove_folder(aside)
+        raise DataError(f"{output}: {error.args[0][0][2]}") from error
+    except BaseException:
+        cache.remove_folder(aside)
+        raise
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -269,6 +269,15 @@ def test_the_seeds_command_overwrites_no_other_folder(
     assert data.exists()
 
 
+def test_the_seeds_command_where_nothing_can_be_written(capfd: Any, data: Path, model_folder: Path) -> None:
+    code, _, err = prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-o", "/proc/prepared/here")
+    assert code == ExitCode.DATA
+    assert err.splitlines()[-1] == "error: /proc/prepared: No such file or directory"
+    code, _, err = prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-o", data / "here")
+    assert code == ExitCode.DATA
+    assert err.splitlines()[-1].startswith(f"error: {data}")
+
+
 def test_the_seeds_command_with_wrong_values(capfd: Any, data: Path, model_folder: Path) -> None:
     code, _, err = prepare(capfd, "--tokenizer_name", model_folder, "-i", data, "-n", 0, "--max_seq_length", 1)
     assert code == ExitCode.CONFIG
