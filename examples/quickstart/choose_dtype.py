@@ -31,8 +31,9 @@ def choose_dtype(model_folder: Path) -> tuple[torch.dtype, str]:
 def tokens_per_second(model_folder: Path, dtype: torch.dtype) -> float:
     """Forward and backward on one row with an adapter, as in training: the second of two steps."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 
+    logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     row = torch.randint(base.config.vocab_size, (1, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))

@@ -27,10 +27,10 @@ MAX_NEW_TOKENS = 44
 def respond(model_folder: Path, adapter: Path | None, cases: Sequence[Case], dtype: torch.dtype) -> list[str]:
     """The most likely answer to each case, all in one batch.
 
-    adapter: a folder that peft loads; None: the base model alone.
+    adapter: a folder that peft loads, with its tokenizer; None: the base model alone.
     """
     logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    tokenizer: Any = AutoTokenizer.from_pretrained(adapter or model_folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
@@ -48,11 +48,6 @@ def respond(model_folder: Path, adapter: Path | None, cases: Sequence[Case], dty
     return answers
 
 
-def exact_matches(answers: Sequence[str], cases: Sequence[Case]) -> int:
-    """How many answers are the case's order."""
-    return sum(is_exact(text, case.order) for text, case in zip(answers, cases, strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a model, or a model with an adapter, on held-out orders.")
     parser.add_argument("model", type=Path, help="folder of the base model")
@@ -62,9 +57,10 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = read_cases(arguments.cases)
     answers = respond(arguments.model, arguments.adapter, cases, getattr(torch, arguments.dtype))
-    for case, text in zip(cases, answers, strict=True):
-        print("right" if is_exact(text, case.order) else "wrong", case.sentence, text.strip(), sep="\n  ")
-    print(f"exact match: {exact_matches(answers, cases)} of {len(cases)}")
+    right = [is_exact(text, case.order) for text, case in zip(answers, cases, strict=True)]
+    for case, text, is_right in zip(cases, answers, right, strict=True):
+        print("right" if is_right else "wrong", case.sentence, text.strip(), sep="\n  ")
+    print(f"exact match: {sum(right)} of {len(cases)}")
 
 
 if __name__ == "__main__":

@@ -11,20 +11,22 @@ Exits with 1 when fewer than 90 % of the held-out answers are right afterwards.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_data import DATA, Case, make_cases, write_cases
+from make_data import DATA, Case, is_exact, make_cases, write_cases
 from prepare_model import DEFAULT_CACHE, cache_folder, prepare
 
 CONFIG = Path(__file__).with_name("sft.yaml")
 OSLO = Path(sys.executable).with_name("oslo")
 ENOUGH = 0.9
-SAMPLES = 3
+SHOWN = 3
 
 
 class Clock:
@@ -40,61 +42,67 @@ class Clock:
         print(f"\n[{self.seconds():3.0f} s] {text}")
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The held-out cases and what the model said to each, before and after training."""
+
+    cases: Sequence[Case]
+    before: Sequence[str]
+    after: Sequence[str]
+
+    def good(self) -> bool:
+        """Whether training did what this example is made to show."""
+        return count_right(self.after, self.cases) >= ENOUGH * len(self.cases)
+
+
 def main() -> int:
     clock = Clock()
     print("A model of 135 million parameters learns to turn a sentence about an order into one line of JSON.")
-
     clock.heading("The model: SmolLM2-135M-Instruct")
     model_folder = prepare(cache_folder())
 
-    clock.heading("The data")
+    clock.heading("The data set")
     train, heldout = make_cases()
     write_cases(train, DATA / "train.jsonl")
     write_cases(heldout, DATA / "heldout.jsonl")
-    print(f"{len(train)} orders to learn from, {len(heldout)} of other customers held out, in {DATA}")
-
-    import torch  # here, because it takes seconds and the lines above need not wait for it
-    from choose_dtype import choose_dtype
-    from evaluate import exact_matches, respond
+    print(f"{len(train)} orders to learn from, {len(heldout)} of other customers held out, in {relative(DATA)}")
 
     clock.heading("The dtype")
+    import torch  # takes seconds, which the lines above need not wait for
+    from choose_dtype import choose_dtype
+    from evaluate import respond
+
     dtype, why = choose_dtype(model_folder)
-    in_bfloat16 = dtype == torch.bfloat16
-    print(f"Training in {'bfloat16' if in_bfloat16 else 'float32'}: {why}")
+    print(f"Training in {str(dtype).removeprefix('torch.')}: {why}")
 
     clock.heading("Before: the held-out orders, answered by the model as it is")
     before = respond(model_folder, None, heldout, dtype)
-    before_count = exact_matches(before, heldout)
-    print(f"{before_count} of {len(heldout)} answers are right")
+    print(f"{score(before, heldout)} answers are right")
 
     clock.heading("Training")
-    settings = [f"training.bf16={str(in_bfloat16).lower()}"]
-    if cache_folder() != DEFAULT_CACHE.expanduser():  # sft.yaml names the default
+    settings = [f"training.bf16={'true' if dtype == torch.bfloat16 else 'false'}"]
+    if cache_folder() != DEFAULT_CACHE.expanduser():  # which is what sft.yaml names
         settings.append(f"opensloth.fast_model_args.model_name={model_folder}")
     handle = submit(settings)
-    status = oslo_json("status", handle)
-    adapter = Path(status["final"])
+    run = status_of(handle)
 
     clock.heading("After: the same orders, answered with the adapter by plain transformers and peft")
-    after = respond(model_folder, adapter, heldout, dtype)
-    after_count = exact_matches(after, heldout)
-    print(f"{after_count} of {len(heldout)} answers are right")
+    after = respond(model_folder, Path(run["final"]), heldout, dtype)
+    answers = Answers(heldout, before, after)
+    print(f"{score(after, heldout)} answers are right")
 
     clock.heading("The result")
-    for case, one_before, one_after in list(zip(heldout, before, after, strict=True))[:SAMPLES]:
-        print_sample(case, one_before, one_after)
-    print(f"exact match   {before_count / len(heldout):.0%} before, {after_count / len(heldout):.0%} after")
-    print(f"training      {training_speed(Path(status['folder']))}")
-    print(f"adapter       {adapter}")
-    print(f"total time    {clock.seconds():.0f} s")
-    print("\nLook further:")
-    print(f"  oslo status {handle}")
-    print(f"  oslo logs {handle}")
-    print(f"  oslo data preview {relative(CONFIG)}")
-    if after_count < ENOUGH * len(heldout):
-        print(f"\nFewer than {ENOUGH:.0%} of the answers are right after training: something is wrong.")
-        return 1
-    return 0
+    report(answers, run, clock)
+    return 0 if answers.good() else 1
+
+
+def count_right(answers: Sequence[str], cases: Sequence[Case]) -> int:
+    """How many answers are exactly the order."""
+    return sum(is_exact(answer, case.order) for answer, case in zip(answers, cases, strict=True))
+
+
+def score(answers: Sequence[str], cases: Sequence[Case]) -> str:
+    return f"{count_right(answers, cases)} of {len(cases)}"
 
 
 def submit(settings: Sequence[str]) -> str:
@@ -102,12 +110,14 @@ def submit(settings: Sequence[str]) -> str:
 
     Raises SystemExit with the command's own exit code when the training fails.
     """
-    command = ["oslo", "submit", relative(CONFIG), "--local", "--follow", "-y"]
+    arguments = ["submit", relative(CONFIG), "--local", "--follow", "-y"]
     for setting in settings:
-        command += ["--set", setting]
-    print("$ " + " ".join(command), flush=True)
+        arguments += ["--set", setting]
+    print(f"$ {oslo_command()} {' '.join(arguments)}", flush=True)
     handle = ""
-    with subprocess.Popen([OSLO, *command[1:]], stdout=subprocess.PIPE, text=True) as process:
+    # One pipe for both keeps the lines in the order in which they were said.
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen([OSLO, *arguments], stdout=pipe, stderr=both, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -117,38 +127,55 @@ def submit(settings: Sequence[str]) -> str:
     return handle
 
 
-def oslo_json(*arguments: str) -> Any:
-    """The answer of an oslo command with `-o json`."""
-    answer = subprocess.run([OSLO, *arguments, "-o", "json"], stdout=subprocess.PIPE, check=True)
-    return json.loads(answer.stdout)
+def status_of(handle: str) -> dict[str, Any]:
+    """What `oslo status` knows of a run."""
+    answer = subprocess.run([OSLO, "status", handle, "-o", "json"], stdout=subprocess.PIPE, check=True)
+    status: dict[str, Any] = json.loads(answer.stdout)
+    return status
+
+
+def report(answers: Answers, run: dict[str, Any], clock: Clock) -> None:
+    """Print samples, scores, speed, where the adapter lies, and how to look further."""
+    for i in range(0, len(answers.cases), len(answers.cases) // SHOWN)[:SHOWN]:
+        print(f"sentence   {answers.cases[i].sentence}")
+        print(f"expected   {answers.cases[i].order.to_json()}")
+        print(f"before     {on_one_line(answers.before[i])}")
+        print(f"after      {on_one_line(answers.after[i])}\n")
+    before, after = score(answers.before, answers.cases), score(answers.after, answers.cases)
+    print(f"exact      {before} before training, {after} after")
+    print(f"training   {training_speed(Path(run['folder']))}")
+    print(f"adapter    {run['final']}")
+    print(f"in all     {clock.seconds():.0f} s\n")
+    if not answers.good():
+        print(f"Fewer than {ENOUGH:.0%} are right after training: that is not what this example is made to show.\n")
+    print("Look further:")
+    print(f"  {oslo_command()} status {run['handle']}")
+    print(f"  {oslo_command()} logs {run['handle']}")
+    print(f"  {oslo_command()} data preview {relative(CONFIG)}")
 
 
 def training_speed(run: Path) -> str:
-    """Steps, tokens and time of a run, from its events."""
+    """Steps, tokens and time of a run's last attempt, from its events."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     result = next(event for event in reversed(events) if event["event"] == "result")
     steps = [event for event in events if event["event"] == "step" and event["attempt"] == result["attempt"]]
-    tokens = sum(event["tokens"] for event in steps)
-    seconds = result["seconds"]
+    tokens, seconds = sum(event["tokens"] for event in steps), result["seconds"]
     return f"{result['steps']} steps, {tokens:,} tokens in {seconds:.0f} s: {tokens / seconds:,.0f} tokens/s"
 
 
-def print_sample(case: Case, before: str, after: str) -> None:
-    """One held-out order with both answers, each on one line."""
-    print(f"sentence  {case.sentence}")
-    print(f"expected  {case.order.to_json()}")
-    print(f"before    {one_line(before)}")
-    print(f"after     {one_line(after)}\n")
-
-
-def one_line(text: str, width: int = 100) -> str:
+def on_one_line(text: str, width: int = 100) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 4] + " ..."
+    return line if len(line) <= width else f"{line[: width - 4]} ..."
 
 
 def relative(path: Path) -> str:
     """The path as a person would type it here."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def oslo_command() -> str:
+    """`oslo` where the shell finds the one that runs here, else its path."""
+    return "oslo" if shutil.which("oslo") == str(OSLO) else relative(OSLO)
 
 
 if __name__ == "__main__":
