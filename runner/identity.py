@@ -10,6 +10,13 @@ from typing import Any, Final
 
 from opensloth.run_config import RunConfig
 
+_GIVE_WAY: Final = {
+    "opensloth.fast_model_args.load_in_4bit",
+    "opensloth.fast_model_args.load_in_8bit",
+    "training.optim",
+    "training.eval_strategy",
+}
+"""Keys whose default may give way to what the machine or the data allows; a written value never does."""
 _RUN: Final = re.compile(r"(?P<name>.+)-(?P<content>[0-9a-f]{8})(?:-(?P<fresh>\d{1,4}))?")
 
 
@@ -27,6 +34,7 @@ def content_hash(config: RunConfig, data: Mapping[str, str], job: Mapping[str, A
         for key in ("path", "eval_path", "data_cache_path"):
             if source.get(key) in data:
                 source[key] = f"sha256:{data[source[key]]}"
+    content["written"] = sorted(_GIVE_WAY.intersection(config.explicit))
     content["job"] = job
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

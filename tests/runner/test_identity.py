@@ -10,10 +10,10 @@ from runner.config_file import Target, load_file, name_from_stem
 from runner.identity import content_hash, latest_of_content, name_of, next_fresh, run_id
 
 
-def config(path: str = "/data/train.jsonl", **training: Any) -> RunConfig:
+def config(path: str = "/data/train.jsonl", model: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     values = {
         "name": "a",
-        "opensloth": {"fast_model_args": {"model_name": "m"}},
+        "opensloth": {"fast_model_args": {"model_name": "m", **(model or {})}},
         "dataset": {"path": path},
         "training": training,
     }
@@ -31,6 +31,25 @@ def test_the_same_data_elsewhere_is_the_same_content() -> None:
 def test_what_is_written_out_is_the_same_content_as_the_default() -> None:
     assert content_hash(config(), {}) == content_hash(config(seed=42), {})
     assert content_hash(config(), {}) != content_hash(config(seed=43), {})
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"load_in_4bit": True}),
+        ("model", {"load_in_8bit": False}),
+        ("training", {"optim": "adamw_8bit"}),
+        ("training", {"eval_strategy": "no"}),
+    ],
+)
+def test_a_written_value_that_would_give_way_as_the_default_is_other_content(
+    section: str, values: dict[str, Any]
+) -> None:
+    plain = config()
+    written = config(**values) if section == "training" else config(model=values)
+    ignored: dict[str, Any] = {"exclude": {"explicit"}}
+    assert plain.model_dump(**ignored) == written.model_dump(**ignored)
+    assert content_hash(plain, {}) != content_hash(written, {})
 
 
 def test_the_job_section_is_content_on_a_cluster() -> None:
