@@ -18,6 +18,10 @@ from opensloth.errors import Problem
 _MAX_NODES: Final = 100_000
 """Aliases of aliases can stand for more values than fit in memory."""
 
+_MAX_DEPTH: Final = 50
+"""Composing recurses, in C without a check; a config needs five levels or so."""
+_TOO_DEEP: Final = f"more than {_MAX_DEPTH} levels of lists and mappings inside each other"
+
 _TAG: Final = "tag:yaml.org,2002:"
 _IMPLICIT: Final = [
     ("null", re.compile(r"(?:~|null|Null|NULL|)\Z")),
@@ -55,6 +59,9 @@ def parse(text: str) -> Document:
     # PyYAML skips a mark at the beginning only when it decodes the bytes itself.
     text = text.removeprefix("\ufeff")
     try:
+        if (line := _line_too_deep(text)) is not None:
+            document.problems.append((line, Problem("", _TOO_DEEP)))
+            return document
         loader = _Loader(text)
         try:
             root = loader.get_single_node()
@@ -81,6 +88,22 @@ def decode(data: bytes) -> str:
         raise ValueError(f"line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8") from error
 
 
+def _line_too_deep(text: str) -> int | None:
+    """The line of the first list or mapping below _MAX_DEPTH others, None when there is none.
+
+    Events come one by one, whereas composing their nodes would exhaust the stack.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                return _line(event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+    return None
+
+
 class _Builder:
     """Turns nodes into values; notes lines and problems in `document`."""
 
@@ -97,6 +120,9 @@ class _Builder:
             if self._count == _MAX_NODES + 1:
                 self._refuse(node, path, f"more than {_MAX_NODES} values, aliases counted as often as they are used")
             return None
+        if len(self._open) > _MAX_DEPTH:  # through aliases
+            self._count = _MAX_NODES + 1  # said once, and nothing is read after it
+            return self._refuse(node, path, _TOO_DEEP)
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):

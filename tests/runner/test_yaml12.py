@@ -106,3 +106,38 @@ def test_byte_order_mark_is_skipped() -> None:
 def test_what_is_not_utf8_names_line_and_byte() -> None:
     with pytest.raises(ValueError, match="line 2: byte 0xe9 is not UTF-8"):
         yaml12.decode("a: 1\nb: é\n".encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a:\n  " + "[" * 100_000 + "]" * 100_000,
+        "a:\n  " + "{b: " * 5_000 + "1" + "}" * 5_000,
+        "a:\n  " + "- " * 60 + "x",
+    ],
+    ids=["lists", "mappings", "blocks"],
+)
+def test_what_is_nested_too_deep_is_one_problem(text: str) -> None:
+    problems = yaml12.parse(text).problems
+    assert [problem.message for _, problem in problems] == [
+        "more than 50 levels of lists and mappings inside each other"
+    ]
+
+
+def test_aliases_that_nest_too_deep_are_one_problem() -> None:
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 4_000))]
+    problems = yaml12.parse("\n".join(lines)).problems
+    assert len(problems) == 1
+    assert problems[0][1].message.startswith("more than")
+
+
+def test_a_chain_of_aliases_too_deep_for_the_stack() -> None:
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 4_000))]
+    ((_, problem),) = yaml12.parse("\n".join(lines)).problems
+    assert problem.message == "more than 50 levels of lists and mappings inside each other"
+
+
+def test_fifty_levels_are_read() -> None:
+    text = "a: " + "[" * 49 + "x" + "]" * 49
+    assert yaml12.parse(text).problems == []
+    assert len(yaml12.parse(text.replace("[x]", "[[x]]")).problems) == 1
