@@ -13,6 +13,7 @@ from opensloth.errors import Problem
 from opensloth.fingerprint import source_sha256
 from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig
 from opensloth.run_config import RunConfig
+from runner import yaml12
 
 VOLUME_PREFIX: Final = "pvc:"
 _HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -47,24 +48,58 @@ def is_hub_name(text: str, folder: Path) -> bool:
 
 
 def problems(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> list[Problem]:
-    """Local data files that are not there, templates that cannot be read, paths of a volume in a local run."""
-    found = []
+    """Paths of this machine that are not there or not what they should be, paths of a volume in a local run."""
+    found = [*_problems_of_sources(values, folder, is_cluster), *_problems_of_templates(values, folder)]
+    if is_cluster:
+        why = "is a folder of this machine, which pods do not see"
+        hint = "copy it to the volume and give its path below /shared"
+        models = ((path, text) for path, text in _model_folders(values) if _local(text, folder).is_dir())
+        return found + [Problem(path, f"{text} {why}", hint) for path, text in models]
+    return [*found, *_problems_of_folders(values, folder)]
+
+
+def _problems_of_sources(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> Iterator[Problem]:
     for path, text in _sources(values):
         if text.startswith(VOLUME_PREFIX):
             if not is_cluster:
                 why = "is on a cluster's volume, which a local run cannot read"
-                found.append(Problem(path, f"{text} {why}", "give a file of this machine"))
+                yield Problem(path, f"{text} {why}", "give a file of this machine")
         elif not is_hub_name(text, folder) and not _local(text, folder).exists():
             where = _local(text, folder)
-            found.append(Problem(path, f"no such file or folder: {where}", nearest_name(where)))
-    for path, text in _model_folders(values) if is_cluster else ():
-        if _local(text, folder).is_dir():
-            why = "is a folder of this machine, which pods do not see"
-            found.append(Problem(path, f"{text} {why}", "copy it to the volume and give its path below /shared"))
+            yield Problem(path, f"no such file or folder: {where}", nearest_name(where))
+
+
+def _problems_of_templates(values: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
     for path, text in _templates(values):
-        if not _local(text, folder).is_file():
-            found.append(Problem(path, f"no such file: {_local(text, folder)}", nearest_name(_local(text, folder))))
-    return found
+        where = _local(text, folder)
+        if not where.is_file():
+            yield Problem(path, f"no such file: {where}", nearest_name(where))
+        elif (fault := _fault_of_template(where)) is not None:
+            yield Problem(path, f"{where}: {fault}")
+
+
+def _problems_of_folders(values: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
+    for path, text, marker, what in _folders_to_go_on_from(values):
+        where = _local(text, folder)
+        if not where.is_dir():
+            yield Problem(path, f"no such folder: {where}", nearest_name(where))
+        elif not (where / marker).is_file():
+            yield Problem(path, f"{where} is no {what}: it holds no {marker}")
+
+
+def _fault_of_template(path: Path) -> str | None:
+    try:
+        _template(path)
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def _template(path: Path) -> str:
+    """Raises ValueError when it is not UTF-8."""
+    return yaml12.decode(path.read_bytes())
 
 
 def nearest_name(path: Path) -> str:
@@ -99,13 +134,16 @@ def resolve(config: RunConfig, folder: Path, roots: Roots) -> tuple[RunConfig, d
         if one.eval_path is not None:
             changed["eval_path"] = source(one.eval_path)
         if one.chat_template is not None and one.chat_template.endswith(".jinja"):
-            changed["chat_template"] = _local(one.chat_template, folder).read_text(encoding="utf-8")
+            changed["chat_template"] = _template(_local(one.chat_template, folder))
         return one.model_copy(update=changed)
 
     training = config.training
     if training.output_dir is not None:
         base = folder.resolve() if roots.inputs is None else roots.root
         training = training.model_copy(update={"output_dir": str(base / Path(training.output_dir).expanduser())})
+    if isinstance(training.resume_from_checkpoint, str) and roots.inputs is None:
+        checkpoint = str(_local(training.resume_from_checkpoint, folder).resolve())
+        training = training.model_copy(update={"resume_from_checkpoint": checkpoint})
     resolved = config.model_copy(
         update={
             "opensloth": _resolve_opensloth(config.opensloth, folder, roots),
@@ -119,14 +157,13 @@ def resolve(config: RunConfig, folder: Path, roots: Roots) -> tuple[RunConfig, d
 def _resolve_opensloth(opensloth: OpenSlothConfig, folder: Path, roots: Roots) -> OpenSlothConfig:
     changed: dict[str, Any] = {"data_cache_path": str(roots.cache / Path(opensloth.data_cache_path).expanduser())}
     if roots.inputs is None:
-        # A model or an adapter beside the file; a hub name stays as it is.
+        # A model beside the file; a hub name stays as it is. An adapter is a folder.
         model = opensloth.fast_model_args
         if _local(model.model_name, folder).is_dir():
             name = str(_local(model.model_name, folder).resolve())
             changed["fast_model_args"] = model.model_copy(update={"model_name": name})
-        adapter = opensloth.pretrained_lora
-        if adapter is not None and _local(adapter, folder).is_dir():
-            changed["pretrained_lora"] = str(_local(adapter, folder).resolve())
+        if opensloth.pretrained_lora is not None:
+            changed["pretrained_lora"] = str(_local(opensloth.pretrained_lora, folder).resolve())
     return opensloth.model_copy(update=changed)
 
 
@@ -158,6 +195,18 @@ def _model_folders(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for path, text in (("fast_model_args.model_name", name), ("pretrained_lora", opensloth.get("pretrained_lora"))):
         if isinstance(text, str) and text:
             yield f"opensloth.{path}", text
+
+
+def _folders_to_go_on_from(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted path, text, a file that is in such a folder, what the folder is)."""
+    for section, key, marker, what in (
+        ("opensloth", "pretrained_lora", "adapter_config.json", "adapter"),
+        ("training", "resume_from_checkpoint", "manifest.json", "checkpoint"),
+    ):
+        given = values.get(section)
+        text = given.get(key) if isinstance(given, dict) else None
+        if isinstance(text, str):
+            yield f"{section}.{key}", text, marker, what
 
 
 def _datasets(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -81,6 +81,39 @@ def test_a_template_file_is_read(tmp_path: Path) -> None:
     assert loaded.run.dataset[0].chat_template == "{{ messages }}"
 
 
+def test_a_template_file_that_is_not_utf8_is_a_problem_at_its_key() -> None:
+    Path("chat.jinja").write_bytes(b"{{ messages }}\n\xe9")
+    with pytest.raises(InvalidFileError) as caught:
+        load(Case("", GOOD_CASES[0].text, sets=("dataset.chat_template=chat.jinja",)))
+    (problem,) = caught.value.problems
+    assert problem.path == "dataset.chat_template"
+    assert problem.message == "chat.jinja: line 2: byte 0xe9 is not UTF-8: save the file as UTF-8"
+
+
+def test_folders_to_go_on_from_are_made_absolute(tmp_path: Path) -> None:
+    for folder, marker in (("adapter", "adapter_config.json"), ("step-00000020", "manifest.json")):
+        Path(folder).mkdir()
+        Path(folder, marker).write_text("{}")
+    sets = ("opensloth.pretrained_lora=adapter", "training.resume_from_checkpoint=step-00000020")
+    run = load(Case("", GOOD_CASES[0].text, sets=sets)).run
+    assert run.opensloth.pretrained_lora == str(tmp_path / "adapter")
+    assert run.training.resume_from_checkpoint == str(tmp_path / "step-00000020")
+    assert load(Case("", GOOD_CASES[0].text, sets=("training.resume_from_checkpoint=true",))).run.training == (
+        run.training.model_copy(update={"resume_from_checkpoint": True})
+    )
+
+
+def test_a_folder_that_is_no_adapter_and_one_that_is_no_checkpoint(tmp_path: Path) -> None:
+    Path("empty").mkdir()
+    sets = ("opensloth.pretrained_lora=empty", "training.resume_from_checkpoint=empty")
+    with pytest.raises(InvalidFileError) as caught:
+        load(Case("", GOOD_CASES[0].text, sets=sets))
+    assert {(problem.path, problem.message) for problem in caught.value.problems} == {
+        ("opensloth.pretrained_lora", "empty is no adapter: it holds no adapter_config.json"),
+        ("training.resume_from_checkpoint", "empty is no checkpoint: it holds no manifest.json"),
+    }
+
+
 def test_origins() -> None:
     case = Case(
         "",

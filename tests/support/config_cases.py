@@ -138,6 +138,17 @@ BAD_CASES = [
         ],
     ),
     Case(
+        "An adapter and a checkpoint that are not there",
+        "opensloth: {fast_model_args: {model_name: a/b}, pretrained_lora: out/adapter}\n"
+        + DATA
+        + "training: {resume_from_checkpoint: step-00000020}\n",
+        [
+            "2 problems in sft.yaml:",
+            "sft.yaml:1: opensloth.pretrained_lora: no such folder: out/adapter (there is no folder out)",
+            "sft.yaml:3: training.resume_from_checkpoint: no such folder: step-00000020",
+        ],
+    ),
+    Case(
         "No data at all",
         MODEL,
         [
