@@ -35,6 +35,7 @@ class _Source:
     """For events.jsonl, which all attempts and rank 0 share: take the launcher's events of this attempt."""
     _offset: int = 0
     _torn: bytes = b""
+    _last_progress: str = ""
 
     def read(self, *, to_the_end: bool = False) -> list[LogLine]:
         """The whole lines since the last read; to_the_end: also a last line that was never finished."""
@@ -48,15 +49,23 @@ class _Source:
         whole, newline, self._torn = (self._torn + data).rpartition(b"\n")
         if self.only_attempt is not None:
             events = parse_events(whole + newline)
-            return [LogLine(self.rank, render_event(e), e) for e in events if self._is_mine(e)]
-        lines = [self._line(text) for text in whole.split(b"\n")] if newline else []
+            lines = [LogLine(self.rank, render_event(e), e) for e in events if self._is_mine(e)]
+            return [line for line in lines if not self._is_repeated(line)]
+        read = [self._line(text) for text in whole.split(b"\n")] if newline else []
         if to_the_end and self._torn:
-            lines.append(self._line(self._torn))
+            read.append(self._line(self._torn))
             self._torn = b""
-        return [line for line in lines if line is not None]
+        return [line for line in read if line is not None]
 
     def _is_mine(self, event: Event) -> bool:
         return event.get("attempt") == self.only_attempt and event.get("rank") == LAUNCHER_RANK
+
+    def _is_repeated(self, line: LogLine) -> bool:
+        """Whether it says the progress that the last one said."""
+        if line.event is None or line.event["event"] != "progress":
+            return False
+        repeated, self._last_progress = line.text == self._last_progress, line.text
+        return repeated
 
     def _line(self, raw: bytes) -> LogLine | None:
         text = raw.decode(errors="replace").rstrip("\r")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TextIO
 
 import click
 
+from opensloth.event_lines import render_event
 from opensloth.human import human_duration
 from runner.backend import LAUNCHER_RANK, LogLine, RunStatus, State
 
@@ -32,6 +33,20 @@ def use_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
 def say(text: str) -> None:
     """Progress, warnings, next commands: for people, on stderr."""
     click.echo(text, err=True)
+
+
+def event_sayer() -> Callable[[Mapping[str, Any]], None]:
+    """Says events on stderr, one line each; the same progress again is not said again."""
+    last = ""
+
+    def say_event(event: Mapping[str, Any]) -> None:
+        nonlocal last
+        line = render_event(event)
+        if event["event"] != "progress" or line != last:
+            say(line)
+        last = line
+
+    return say_event
 
 
 def show(text: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from opensloth import run_config
-from opensloth.event_lines import render_event
 from opensloth.human import human_bytes, human_duration
 from opensloth.run_config import DEFAULT_DATA_CACHE_PATH
 from runner import output
@@ -53,7 +52,7 @@ def build(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
 
     The last line of stdout is the dataset's path.
     """
-    built = build_data(_resolved(file, sets), lambda event: output.say(render_event(event)))
+    built = build_data(_resolved(file, sets), output.event_sayer())
     if as_json:
         output.show_json(vars(built))
         return

@@ -9,7 +9,7 @@ import pytest
 from stand_in import SMALLEST, launcher_command
 
 from opensloth.event_lines import render_event
-from runner.output import table, use_colour
+from runner.output import event_sayer, table, use_colour
 from runner.secret_values import looks_secret
 
 
@@ -117,3 +117,13 @@ def test_submit_asks_on_a_terminal(tmp_path: Path, answer: bytes, code: int, sta
     assert process.returncode == code
     assert (b"local://sft-" in out) is started
     assert (tmp_path / "root").exists() is started
+
+
+def test_the_same_progress_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    say_event = event_sayer()
+    note = {"event": "note", "level": "info", "message": "one"}
+    for done in (100, 200, 200):
+        say_event({"event": "progress", "phase": "tokenise", "done": done, "total": 200, "unit": "rows"})
+    say_event(note)
+    say_event(note)
+    assert capsys.readouterr().err.splitlines() == ["tokenise 100/200 rows", "tokenise 200/200 rows", "one", "one"]
