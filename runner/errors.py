@@ -2,8 +2,7 @@
 
 RunnerError               1    message + hint: what went wrong, what to do next
 ├── UsageError            2    flags that do not go together, something this version cannot do
-│   ├── InvalidFileError  2    every Problem of a config file at once
-│   └── AmbiguousJobError 2    a name that means several runs
+│   └── InvalidFileError  2    every Problem of a config file at once
 ├── MissingExtraError     1    a command that needs torch where it is not installed
 ├── BusyError             1    the run is in a state in which this cannot be done
 ├── LaunchError           1    the launcher ended before it had started
@@ -49,10 +48,6 @@ class InvalidFileError(UsageError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"{count} in {file}:", *(f"  {problem}" for problem in problems)]
         super().__init__("\n".join(lines))
-
-
-class AmbiguousJobError(UsageError):
-    pass
 
 
 class MissingExtraError(RunnerError):

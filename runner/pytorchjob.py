@@ -69,13 +69,19 @@ def notes(job: JobArgs) -> list[str]:
         said.append("job.ttl removes the object of a succeeded job only: the operator never removes a failed one")
     if job.nodes > 1:
         said.append(f"{job.nodes} pods mount the claim {job.volume}: on several nodes it must be ReadWriteMany")
+    unread = ["job.max_restarts", "job.start_timeout", *(["job.deadline"] if job.deadline else [])]
+    said.append(f"{_listed(unread)} have no effect yet: the launcher of this version does not read them")
     return said
+
+
+def _listed(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _run_policy(job: JobArgs) -> Manifest:
     """No backoffLimit and no activeDeadlineSeconds: with ExitCode the operator obeys neither.
 
-    The launcher keeps both, from job.max_restarts and job.deadline, in files on the volume.
+    job.max_restarts and job.deadline go to the launcher, as variables that it does not act on yet (see notes).
     """
     policy: Manifest = {"cleanPodPolicy": "Running", "suspend": False}
     if job.ttl:

@@ -147,7 +147,14 @@ def test_what_is_not_obeyed_is_said() -> None:
     assert [note.split(":")[0] for note in notes(job)] == [
         "job.ttl removes the object of a succeeded job only",
         "2 pods mount the claim v",
+        "job.max_restarts and job.start_timeout have no effect yet",
     ]
+
+
+def test_a_deadline_that_nobody_keeps_is_said() -> None:
+    job, _ = check_job({"image": "i", "volume": "v", "deadline": "12h"})
+    assert job is not None
+    assert notes(job)[-1].startswith("job.max_restarts, job.start_timeout and job.deadline have no effect yet")
 
 
 @pytest.mark.parametrize(
