@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ from opensloth.files import create_json, read_json
 from opensloth.run_config import RunConfig
 from runner import log_files
 from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State
-from runner.errors import BusyError, LaunchError
+from runner.errors import BusyError, LaunchError, NotFoundError
 from runner.process import descendants, is_alive
 from runner.run_folder import LAUNCHER_OUTPUT, RunFolder
 
@@ -42,12 +43,12 @@ class LocalBackend:
         folder = self._root / contract.RUNS_DIR
         if not folder.is_dir():
             return []
-        return [entry.name for entry in folder.iterdir() if self._folder(entry.name).exists()]
+        names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))  # those are being deleted
+        return [name for name in names if self._folder(name).exists()]
 
     def submit(self, run: str, config_text: str) -> Outcome:
         folder = self._folder(run)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with folder.submitting():
+        with folder.submitting(make=True):
             if not folder.exists() or not folder.attempt_numbers():
                 outcome = Outcome.STARTED
             else:
@@ -64,7 +65,10 @@ class LocalBackend:
         return self._folder(run).config()
 
     def list_runs(self) -> list[RunStatus]:
-        statuses = [self.get(run) for run in self.runs()]
+        statuses = []
+        for run in self.runs():
+            with suppress(NotFoundError):  # deleted meanwhile
+                statuses.append(self.get(run))
         return sorted(statuses, key=lambda status: (status.started or float("inf"), status.run), reverse=True)
 
     def logs(self, run: str, query: LogQuery) -> Iterator[LogLine]:
@@ -104,10 +108,12 @@ class LocalBackend:
 
     def delete(self, run: str) -> None:
         folder = self._folder(run)
-        status = folder.status()
-        if not status.state.is_over:
-            raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
-        folder.remove()
+        folder.require()
+        with folder.submitting():  # a submit at the same time starts it before, or anew after
+            status = _as_if_unlocked(folder)
+            if not status.state.is_over:
+                raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
+            folder.remove()
 
     def _folder(self, run: str) -> RunFolder:
         return RunFolder(self._root / contract.RUNS_DIR / run, LOCAL_SCHEME + run)

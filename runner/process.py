@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from runner.errors import RunnerError
+
 _PROC: Final = Path("/proc")
+_PARENT: Final = 4 - 3
 _START_TIME: Final = 22 - 3
-"""Field 22 of /proc/<pid>/stat, counted from the state (field 3), which follows the name in brackets."""
+"""Fields 4 and 22 of /proc/<pid>/stat, counted from the state (field 3), which follows the name in brackets."""
 _SLACK_SECONDS: Final = 5
 """`ps` rounds start times to seconds, and a process writes its file some time after it started."""
 
@@ -44,10 +47,8 @@ def is_alive(record: Mapping[str, Any]) -> bool:
 
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, nearest first; the ranks are in sessions of their own."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
+    for child, parent in _parents().items():
         children.setdefault(parent, []).append(child)
     found: list[int] = []
     queue = [pid]
@@ -58,14 +59,27 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _stat_started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of `pid`; None when it is gone or a zombie, or without /proc."""
+def _parents() -> dict[int, int]:
+    """Process -> its parent, of all that run."""
+    if not _PROC.joinpath("self/stat").exists():
+        return {int(pid): int(parent) for pid, parent in map(str.split, _ps("-A", "-o", "pid=,ppid=").splitlines())}
+    pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
+    return {pid: int(fields[_PARENT]) for pid in pids if (fields := _stat(pid)) is not None}
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat from the state on; None when the process is gone, or without /proc."""
     try:
         text = _PROC.joinpath(str(pid), "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[_START_TIME])
+    return text[text.rindex(")") + 2 :].split()
+
+
+def _stat_started(pid: int) -> int | None:
+    """Clock ticks from boot to the start of `pid`; None when it is gone or a zombie, or without /proc."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in "ZX" else int(fields[_START_TIME])
 
 
 def _boot_id() -> str | None:
@@ -77,10 +91,20 @@ def _boot_id() -> str | None:
 
 def _ps_started(pid: int) -> float | None:
     """Seconds since the epoch at which `pid` started, by `ps`; None when it is gone or a zombie."""
-    command = ["ps", "-p", str(pid), "-o", "state=,lstart="]
-    shown = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
-    ).stdout.split(maxsplit=1)
+    shown = _ps("-p", str(pid), "-o", "state=,lstart=").split(maxsplit=1)
     if len(shown) < 2 or shown[0].startswith("Z"):
         return None
     return time.mktime(time.strptime(shown[1].strip(), "%a %b %d %H:%M:%S %Y"))
+
+
+def _ps(*arguments: str) -> str:
+    """What `ps` says, in English; "" of a process that is gone.
+
+    Raises RunnerError where there is no ps: taken for dead, a process would be started twice.
+    """
+    try:
+        return subprocess.run(
+            ["ps", *arguments], capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
+        ).stdout
+    except FileNotFoundError as error:
+        raise RunnerError("processes cannot be looked at: there is no /proc and no `ps`", "install ps") from error

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from opensloth import contract, run_config
 from opensloth.files import create_json, read_json, write_atomically
@@ -44,12 +44,18 @@ class RunFolder:
     def require(self) -> None:
         """Raises NotFoundError when the run is not there (any more)."""
         if not self.exists():
-            raise NotFoundError(f"{self.handle} is not there (any more)", "oslo list shows what is")
+            raise self._not_found()
 
     def config(self) -> RunConfig:
         """Raises ConfigError when another version wrote it and this one cannot read it."""
-        self.require()
-        return run_config.load((self.path / contract.CONFIG_FILE).read_text())
+        try:
+            text = (self.path / contract.CONFIG_FILE).read_text()
+        except FileNotFoundError as error:
+            raise self._not_found() from error
+        return run_config.load(text)
+
+    def _not_found(self) -> NotFoundError:
+        return NotFoundError(f"{self.handle} is not there (any more)", "oslo list shows what is")
 
     def write_config(self, text: str) -> None:
         write_atomically(self.path / contract.CONFIG_FILE, text.encode())
@@ -122,11 +128,14 @@ class RunFolder:
         return owner is not None and is_alive(owner)
 
     @contextmanager
-    def submitting(self) -> Iterator[None]:
-        """Hold the run's lock; wait for another who holds it. A lock whose owner is gone is taken over."""
+    def submitting(self, *, make: bool = False) -> Iterator[None]:
+        """Hold the run's lock; wait for another who holds it. A lock whose owner is gone is taken over.
+
+        make: make the folder when it is not there; otherwise raises NotFoundError.
+        """
         me = identify_self() | {"token": uuid.uuid4().hex}
         lock = self.path / LOCK_FILE
-        while not create_json(lock, me):
+        while not self._create(lock, me, make):
             owner = read_json(lock)
             if owner is not None and not is_alive(owner):
                 _take_away(lock, owner["token"])
@@ -135,7 +144,21 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            # Whoever deleted the run took the lock along; one that is here may be the next one's.
+            owner = read_json(lock)
+            if owner is not None and owner["token"] == me["token"]:
+                lock.unlink()
+
+    def _create(self, lock: Path, me: dict[str, Any], make: bool) -> bool:
+        """Write the lock unless there is one; False also when the folder was deleted under our hands."""
+        if make:
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            return create_json(lock, me)
+        except FileNotFoundError as error:
+            if make:
+                return False
+            raise self._not_found() from error
 
 
 def _take_away(lock: Path, token: str) -> None:

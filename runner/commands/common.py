@@ -122,8 +122,16 @@ def find_run(backend: Backend, job: str) -> str:
         return wanted
     of_name = [run for run in runs if name_of(run) == wanted] if not job.startswith(LOCAL_SCHEME) else []
     if of_name:
-        return max(of_name, key=lambda run: (backend.get(run).started or float("inf"), run))
+        return max(of_name, key=lambda run: (_started(backend, run), run))
     names = sorted({*runs, *map(name_of, runs)})
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "oslo list shows all runs"
     raise NotFoundError(f"there is no run {job}", hint)
+
+
+def _started(backend: Backend, run: str) -> float:
+    """When it started: one that is just starting is the latest, one that was deleted meanwhile the first."""
+    try:
+        return backend.get(run).started or float("inf")
+    except NotFoundError:
+        return 0.0

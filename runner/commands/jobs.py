@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
+from opensloth.run_config import RunConfig
 from runner import compare, output
 from runner.backend import Backend, RunStatus, State
 from runner.commands import watching
 from runner.commands.common import confirm, find_run, job_argument, json_option, settings, yes_option
 from runner.commands.logs import seconds
-from runner.errors import WaitTimeoutError
+from runner.errors import NotFoundError, WaitTimeoutError
 from runner.identity import name_of
 
 _POLL_SECONDS = 0.2
@@ -48,7 +51,11 @@ def list_(name: str | None, as_json: bool) -> None:
     statuses = backend.list_runs()
     if name is not None:
         statuses = [one for one in statuses if name_of(one.run) == name]
-    differing = compare.differences({one.run: backend.config(one.run) for one in statuses}) if name else {}
+    differing: dict[str, dict[str, Any]] = {}
+    if name is not None:
+        configs = _configs(backend, statuses)
+        statuses = [one for one in statuses if one.run in configs]
+        differing = compare.differences(configs)
     if as_json:
         output.show_json([one.to_json() | ({"differs": differing[one.run]} if name else {}) for one in statuses])
     elif name:
@@ -128,6 +135,15 @@ def delete(job: str, yes: bool, as_json: bool) -> None:
         output.show_json({"run": run, "deleted": True})
     else:
         output.say(f"{status.handle} deleted")
+
+
+def _configs(backend: Backend, statuses: Sequence[RunStatus]) -> dict[str, RunConfig]:
+    """By run; without those that were deleted meanwhile."""
+    configs = {}
+    for status in statuses:
+        with suppress(NotFoundError):
+            configs[status.run] = backend.config(status.run)
+    return configs
 
 
 def _watch(backend: Backend, run: str, as_json: bool) -> RunStatus:

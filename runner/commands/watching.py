@@ -63,10 +63,12 @@ def show_run(backend: Backend, run: str, handle: str, as_json: bool, **more: str
     """The last of stdout: the handle, or the run's document with `more`."""
     if not as_json:
         output.show(handle)
-    elif run in backend.runs():
-        output.show_json(more | backend.get(run).to_json())
-    else:
-        output.show_json(more | {"run": run, "deleted": True})
+        return
+    try:
+        document = backend.get(run).to_json()
+    except NotFoundError:
+        document = {"run": run, "deleted": True}
+    output.show_json(more | document)
 
 
 def still_there(backend: Backend, run: str, handle: str) -> RunStatus:

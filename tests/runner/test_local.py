@@ -16,12 +16,14 @@ import pytest
 from stand_in import launcher_command
 
 from opensloth import contract
+from opensloth.events import Events
 from opensloth.files import read_json, write_json
 from opensloth.run_config import check, dump
 from runner.backend import LogQuery, Outcome, RunStatus, State
-from runner.errors import BusyError, LaunchError, NotFoundError
+from runner.errors import BusyError, LaunchError, NotFoundError, RunnerError
 from runner.local import LocalBackend
-from runner.process import identify_self, is_alive
+from runner.process import descendants, identify_self, is_alive
+from runner.run_folder import RunFolder
 
 RUN = "sft-12345678"
 
@@ -264,6 +266,90 @@ def test_delete_refuses_while_it_runs(root: Path) -> None:
         local.get(RUN)
 
 
+def test_delete_waits_for_who_is_submitting(root: Path) -> None:
+    """Deleting between a submit's look at the status and its start would take the folder from under the launcher."""
+    local = backend(root, steps=1)
+    local.submit(RUN, config_text())
+    over(local)
+    folder = root / "runs" / RUN
+    write_json(folder / "submit.lock", identify_self() | {"token": "t"})
+    thread = threading.Thread(target=local.delete, args=(RUN,))
+    thread.start()
+    time.sleep(0.3)
+    assert folder.exists()
+    (folder / "submit.lock").unlink()
+    thread.join()
+    assert not folder.exists()
+
+
+def test_submits_and_deletes_at_once(root: Path) -> None:
+    """Each submit finds a whole run or makes a new one; each delete finds one, none, or one that runs."""
+    local = backend(root, steps=0)
+    local.submit(RUN, config_text())
+    failures: list[BaseException] = []
+
+    def repeat(action: Callable[[], object]) -> None:
+        for _ in range(8):
+            try:
+                action()
+            except (BusyError, NotFoundError):
+                time.sleep(0.02)
+            except BaseException as error:
+                failures.append(error)
+
+    actions = [lambda: local.submit(RUN, config_text()), lambda: local.delete(RUN)]
+    threads = [threading.Thread(target=repeat, args=(action,)) for action in actions * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not (root / "runs" / RUN / "submit.lock").exists()
+    assert [path.name for path in (root / "runs").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_lock_is_released_by_its_owner_only(root: Path) -> None:
+    folder = RunFolder(root / "runs" / RUN, f"local://{RUN}")
+    with folder.submitting(make=True):
+        (folder.path / "submit.lock").unlink()
+        write_json(folder.path / "submit.lock", identify_self() | {"token": "another's"})
+    assert read_json(folder.path / "submit.lock")["token"] == "another's"
+
+
+def test_a_run_that_is_being_deleted_is_not_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = backend(root, steps=1)
+    local.submit(RUN, config_text())
+    over(local)
+    assert [status.run for status in local.list_runs()] == [RUN]
+    monkeypatch.setattr(local, "runs", lambda: [RUN, "sft-00000000"])  # the second was deleted after the look
+    assert [status.run for status in local.list_runs()] == [RUN]
+    monkeypatch.undo()
+    (root / "runs" / RUN).rename(root / "runs" / f".{RUN}.01234567.deleted")
+    assert local.runs() == []
+
+
+def test_processes_below_this_one_without_ps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        until(lambda: len(descendants(child.pid)) == 1)
+        assert child.pid in descendants(os.getpid())
+    finally:
+        child.communicate(b"\n")
+
+
+def test_processes_where_there_is_no_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.process._PROC", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunnerError, match="there is no /proc and no `ps`"):
+        descendants(os.getpid())
+    ps = tmp_path / "ps"
+    ps.write_text("#!/bin/sh\necho '  10     1'; echo '  11    10'; echo '  12    11'\n")
+    ps.chmod(0o755)
+    assert descendants(10) == [11, 12]
+
+
 def test_the_launcher_does_not_run_in_the_users_folder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +395,17 @@ def test_a_torn_event_in_a_log_is_left_out_and_a_torn_line_is_shown(root: Path) 
     assert texts[-1] == "a raw line of step 1"
     log.write_bytes(whole + b"Traceback (most rec")
     assert [line.text for line in local.logs(RUN, LogQuery(rank=0))][-1] == "Traceback (most rec"
+
+
+def test_a_log_shows_the_same_progress_once(root: Path) -> None:
+    local = backend(root, steps=1)
+    local.submit(RUN, config_text())
+    over(local)
+    events = Events(root / "runs" / RUN / contract.EVENTS_FILE, rank=-1, attempt=1)
+    for done in (1, 2, 2):
+        events.emit("progress", phase="tokenise", done=done, total=2, unit="rows")
+    texts = [line.text for line in local.logs(RUN, LogQuery())]
+    assert [text for text in texts if text.startswith("tokenise")] == ["tokenise 1/2 rows", "tokenise 2/2 rows"]
 
 
 def test_follow_to_the_end_shows_each_line_once(root: Path) -> None:
