@@ -83,6 +83,12 @@ def run(arguments: Sequence[str] | None = None, obj: Any = None) -> int:
     except OpenSlothError as error:
         click.echo(f"error: {error}", err=True)
         return 1
+    except BrokenPipeError:
+        raise  # no error of ours: see main
+    except OSError as error:  # a full disk, a missing right: nothing that a traceback would explain
+        reason = error.strerror or str(error)
+        click.echo(f"error: {error.filename}: {reason}" if error.filename else f"error: {reason}", err=True)
+        return 1
     return code if isinstance(code, int) else 0
 
 

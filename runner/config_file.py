@@ -54,6 +54,11 @@ class LoadedFile:
         """Processes that will train."""
         return self.job.world if target.is_cluster else len(self.run.opensloth.devices)
 
+    def invalid(self, error: ConfigError) -> InvalidFileError:
+        """What only the prepared data, or another target, could tell of the file: the same error with its lines."""
+        where = {"": self.path.name, **self.origins}
+        return InvalidFileError(self.path.name, [_located(problem, where) for problem in error.problems])
+
 
 def load_file(path: Path, sets: Sequence[str], defaults: Path | None, target: Target) -> LoadedFile:
     """Read, merge, check and resolve.
@@ -148,7 +153,7 @@ class _Merged:
 
     def located(self) -> list[Problem]:
         """The problems with their `where`, by line; what is not of the file's lines comes last."""
-        found = {(p.path, p.message): self._locate(p) for p in self.problems}
+        found = {(p.path, p.message): _located(p, self._where) for p in self.problems}
         return sorted(found.values(), key=lambda problem: self._line(problem.where))
 
     def origins(self) -> dict[str, str]:
@@ -168,17 +173,6 @@ class _Merged:
 
     def _forget(self, path: str) -> None:
         self._where = {p: w for p, w in self._where.items() if not _below(p, {path})}
-
-    def _locate(self, problem: Problem) -> Problem:
-        if problem.where:
-            return problem
-        path = problem.path
-        if path == "opensloth.training_type" and path not in self._where:
-            path = "training_type"  # the file's own key, copied into the section
-        at = path
-        while at and at not in self._where:
-            at = at[: max(at.rfind("."), at.rfind("["), 0)]
-        return Problem(path, problem.message, problem.hint, self._where[at])
 
     def _line(self, where: str) -> tuple[int, int]:
         file, _, line = where.rpartition(":")
@@ -218,6 +212,22 @@ def _fill(ours: dict[str, Any], given: Mapping[str, Any], prefix: str) -> set[st
         elif isinstance(ours[key], dict) and isinstance(value, dict):
             copied |= _fill(ours[key], value, path)
     return copied
+
+
+def _located(problem: Problem, where: Mapping[str, str]) -> Problem:
+    """`problem` with the place of its key, or of the nearest section around it.
+
+    where: of each dotted path that somebody wrote; "" is the whole file.
+    """
+    if problem.where:
+        return problem
+    path = problem.path
+    if path == "opensloth.training_type" and path not in where:
+        path = "training_type"  # the file's own key, copied into the section
+    at = path
+    while at and at not in where:
+        at = at[: max(at.rfind("."), at.rfind("["), 0)]
+    return Problem(path, problem.message, problem.hint, where[at])
 
 
 def _below(path: str, roots: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,14 @@ def sft(tmp_path: Path) -> Path:
     file = tmp_path / "sft.yaml"
     file.write_text(SMALLEST)
     return file
+
+
+@pytest.fixture
+def trainable(sft: Path) -> Path:
+    """The smallest file whose model and data are there: its data can be prepared."""
+    from tiny import make_tokenizer  # 3 s of imports that few tests need
+
+    make_tokenizer().save_pretrained(sft.parent / "a" / "b")
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    (sft.parent / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    return sft

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from runner.cli import COMMANDS, cli
 from runner.config_file import Target, load_file
 
 Oslo = Callable[..., Answer]
+OSLO = Path(sys.executable).with_name("oslo")
 HANDLE = re.compile(r"local://sft-[0-9a-f]{8}(-\d+)?")
 
 
@@ -361,7 +364,7 @@ def test_completion_of_jobs(oslo: Oslo, sft: Path, root: Path) -> None:
     handle = oslo("submit", sft, "--local", "--follow", steps=1).handle
     environ = {"_OSLO_COMPLETE": "bash_complete", "COMP_WORDS": "oslo status sf", "COMP_CWORD": "2"}
     done = subprocess.run(
-        [Path(sys.executable).with_name("oslo")],
+        [OSLO],
         env=os.environ | environ | {"OSLO_ROOT": str(root)},
         capture_output=True,
         text=True,
@@ -374,3 +377,81 @@ def test_no_colour_off_a_terminal(oslo: Oslo, sft: Path) -> None:
     oslo("submit", sft, "--local", "--follow", steps=1)
     for command in (("list",), ("status", "sft"), ("logs", "sft")):
         assert "\x1b" not in oslo(*command).out
+
+
+@pytest.mark.parametrize(
+    ("root", "arguments", "says"),
+    [
+        ("a file", ("submit", "sft.yaml", "--local"), "a file/runs/sft-"),
+        ("/proc/none", ("submit", "sft.yaml", "--local"), "/proc/none: No such file or directory"),
+        ("root", ("submit", "mem.yaml", "--local"), "Input/output error"),
+        ("root", ("render", "mem.yaml", "--set", "job.image=i", "--set", "job.volume=v"), "Input/output error"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "mem.yaml").write_text(SMALLEST.replace("train.jsonl", "/proc/self/mem"))  # there, and unreadable
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OSLO_ROOT", root)
+    done = subprocess.run([OSLO, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([OSLO, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_what_only_the_target_tells_of_a_file_has_its_line(
+    oslo: Oslo, sft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.training_side._NEEDED", ("a_package_that_is_not_there",))
+    sft.write_text(SMALLEST + "training: {global_batch_size: 8}\njob: {gpus_per_node: 3}\n")
+    assert oslo("validate", sft).code == 0
+    answer = oslo("validate", sft, "--cluster")
+    assert (answer.code, answer.out) == (2, "")
+    assert "sft.yaml:3: training.global_batch_size: 8 rows cannot be spread over 3 processes" in answer.err
+    (problem,) = oslo("validate", sft, "--cluster", "-o", "json").json()["problems"]
+    assert (problem["path"], problem["where"]) == ("training.global_batch_size", "sft.yaml:3")
+
+
+def test_what_only_the_data_tells_of_a_file_has_its_line(oslo: Oslo, trainable: Path) -> None:
+    trainable.write_text(trainable.read_text() + "training:\n  dataloader_drop_last: true\n")
+    answer = oslo("validate", trainable, "-o", "json")
+    assert answer.code == 2
+    assert "sft.yaml:4: training.dataloader_drop_last: 1 row" in answer.err
+    document = answer.json()
+    assert document["valid"] is False
+    assert [problem["where"] for problem in document["problems"]] == ["sft.yaml:4"]
+
+
+def test_preview_marks_targets_by_brackets_in_a_pipe(trainable: Path) -> None:
+    done = subprocess.run([OSLO, "data", "preview", trainable], capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+    assert "<|im_start|>user\nhello<|im_end|>" in done.stdout
+    assert "⟦hi<|im_end|>" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("environ", "colour"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_preview_on_a_terminal_obeys_no_color(trainable: Path, environ: dict[str, str], colour: bool) -> None:
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": "xterm", **environ}
+    with subprocess.Popen([OSLO, "data", "preview", trainable], stdout=theirs, stdin=theirs, env=environ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+            while data := os.read(ours, 4096):
+                shown += data
+    os.close(ours)
+    assert process.returncode == 0
+    assert (b"\x1b[32mhi" in shown) is colour
+    assert ("⟦hi".encode() in shown) is not colour
