@@ -6,7 +6,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,7 +119,9 @@ class RunFolder:
         """Take the run away at once, then delete its files."""
         aside = self.path.with_name(f".{self.run}.{uuid.uuid4().hex[:8]}.deleted")
         self.path.rename(aside)
-        shutil.rmtree(aside)
+        while aside.exists():
+            with suppress(FileNotFoundError):  # who waits for the lock takes its own temporary file away
+                shutil.rmtree(aside)
 
     # --- the submit lock --------------------------------------------------------------------------
 
