@@ -9,13 +9,13 @@ INSTALLED = $(VENV)/.installed-$(shell (cat pyproject.toml; pwd) | cksum | cut -
 .PHONY: demo test test-slow lint e2e bench install clean
 
 demo: $(INSTALLED) ## install, then teach a small model a task and show it before and after
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/quickstart/run.py
 
 test: $(INSTALLED) ## install, then run the fast tests
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-slow: $(INSTALLED) ## the tests that train real models, kill processes and time commands
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m slow --timeout 900 -o addopts="--import-mode=importlib --strict-markers -ra"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 900 -o addopts="--import-mode=importlib --strict-markers -ra"
 
 lint: $(INSTALLED) ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -24,7 +24,7 @@ lint: $(INSTALLED) ## style, types, import contracts
 	$(BIN)/lint-imports
 
 e2e: $(INSTALLED) ## end-to-end tests on one machine: the quickstart, as a user runs it
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/quickstart/run.py
 
 bench: $(INSTALLED) ## time the preparation of data
 	$(BIN)/python benchmarks/prepare.py
