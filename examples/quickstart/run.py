@@ -11,6 +11,7 @@ Exits with 1 when fewer than 90 % of the held-out answers are right afterwards.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def main() -> int:
     print(f"{len(train)} orders to learn from, {len(heldout)} of other customers held out, in {relative(DATA)}")
 
     clock.heading("The dtype")
+    # As a run's own processes have it: threads that spin while they wait crawl on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch  # takes seconds, which the lines above need not wait for
     from choose_dtype import choose_dtype
     from evaluate import respond
@@ -136,7 +139,9 @@ def status_of(handle: str) -> dict[str, Any]:
 
 def report(answers: Answers, run: dict[str, Any], clock: Clock) -> None:
     """Print samples, scores, speed, where the adapter lies, and how to look further."""
-    for i in range(0, len(answers.cases), len(answers.cases) // SHOWN)[:SHOWN]:
+    # Quantities in words first: they tell more than a copied figure.
+    order = sorted(range(len(answers.cases)), key=lambda i: any(map(str.isdigit, answers.cases[i].sentence)))
+    for i in order[:SHOWN]:
         print(f"sentence   {answers.cases[i].sentence}")
         print(f"expected   {answers.cases[i].order.to_json()}")
         print(f"before     {on_one_line(answers.before[i])}")
