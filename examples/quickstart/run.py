@@ -11,7 +11,6 @@ Exits with 1 when fewer than 90 % of the held-out answers are right afterwards.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -69,8 +68,6 @@ def main() -> int:
     print(f"{len(train)} orders to learn from, {len(heldout)} of other customers held out, in {relative(DATA)}")
 
     clock.heading("The dtype")
-    # As a run's own processes have it: threads that spin while they wait crawl on a machine that others use too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch  # takes seconds, which the lines above need not wait for
     from choose_dtype import choose_dtype
     from evaluate import respond
