@@ -249,7 +249,12 @@ def test_who_stops_watching_does_not_stop_the_job(
         f"sys.exit(run(['submit', {str(sft)!r}, '--local', '--follow'], obj=settings))"
     )
     watching = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert watching.stdout is not None
     assert watching.stdout.readline() == "[launcher] -- preparing the dataset\n"
