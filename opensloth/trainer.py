@@ -99,6 +99,8 @@ class SftTrainer:
         )
         self._reporting = Reporting(arguments, self.state, model, place.tensorboard)
         self._checkpoints = checkpoint.Checkpoints(place.checkpoints, keep=self._training.save_total_limit, world=world)
+        self._found_whole: Path | None = None
+        """What newest_checkpoint has verified: hashing gigabytes once is enough."""
         self._targets_seen = 0
         self._loss: float | None = None
         self._eval_loss: float | None = None
@@ -167,7 +169,8 @@ class SftTrainer:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run that is whole, if there is one."""
-        return self._checkpoints.newest(self._events.warn)
+        self._found_whole = self._checkpoints.newest(self._events.warn)
+        return self._found_whole
 
     def save_model(self, output_dir: str | Path | None = None, dtype: torch.dtype | None = None) -> Path:
         """Write adapter or model, tokenizer and template; rank 0 writes, the others return at once.
@@ -271,8 +274,7 @@ class SftTrainer:
         self._events.emit("checkpoint", step=step, path=str(folder), seconds=seconds)
 
     def _write_model(self, folder: Path) -> None:
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
+        self.save_model(folder)
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _resume(self, wanted: str | Path | bool | None) -> int:
@@ -282,7 +284,7 @@ class SftTrainer:
         folder = self.newest_checkpoint() if wanted is True else Path(wanted)
         if folder is None:
             return 0
-        fault = checkpoint.fault_in(folder)
+        fault = None if folder == self._found_whole else checkpoint.fault_in(folder)
         if fault:
             raise DataError(f"cannot resume from {folder}: {fault}", "choose another checkpoint, or start anew")
         state = checkpoint.read_state(folder)
