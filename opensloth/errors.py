@@ -36,10 +36,8 @@ class Problem:
         return f"{text} ({self.hint})" if self.hint else text
 
 
-class OpenSlothError(Exception):
-    """What went wrong in `message`, what to do next in `hint`."""
-
-    cause: str = Cause.ERROR
+class ExplainedError(Exception):
+    """What went wrong in `message`, what to do next in `hint`: the base of both programs' errors."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -48,6 +46,10 @@ class OpenSlothError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class OpenSlothError(ExplainedError):
+    cause: str = Cause.ERROR
 
 
 class ConfigError(OpenSlothError):

@@ -17,23 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opensloth.errors import Problem
+from opensloth.errors import ExplainedError, Problem
 
 INSTALL_TRAIN_EXTRA = "pip install 'opensloth[train]'"
 
 
-class RunnerError(Exception):
-    """What went wrong in `message`, what to do next in `hint`."""
-
+class RunnerError(ExplainedError):
     exit_code: int = 1
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
 class UsageError(RunnerError):
