@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from opensloth.events import LAUNCHER_RANK, Events
 from opensloth.files import create_json, read_json, write_json
 from opensloth.opensloth_config import OpenSlothConfig
 from opensloth.orders import CAUSES
+from opensloth.process import identify_self
 from opensloth.run_config import RunConfig
 
 POLL_SECONDS = 0.1
@@ -54,7 +54,7 @@ class Attempt:
         self.run = run
         self.number, self.folder = _next_folder(run / contract.ATTEMPTS_DIR)
         self.stop_file = self.folder / contract.STOP_FILE
-        write_json(self.folder / contract.STARTED_FILE, _identity())
+        write_json(self.folder / contract.STARTED_FILE, identify_self())
 
     def ask_to_stop(self, cause: str) -> None:
         """The first to ask decides the cause."""
@@ -302,7 +302,7 @@ def _memory_hint(signal_name: str) -> str:
     return ""
 
 
-# --- who is running ---------------------------------------------------------------------------------
+# --- the attempt's folder ---------------------------------------------------------------------------------
 
 
 def _next_folder(attempts: Path) -> tuple[int, Path]:
@@ -317,19 +317,6 @@ def _next_folder(attempts: Path) -> tuple[int, Path]:
             number += 1
         else:
             return number, folder
-
-
-def _identity() -> dict[str, Any]:
-    """What tells this process from a later one with the same number."""
-    stat, boot = Path("/proc/self/stat"), Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "pid": os.getpid(),
-        # field 22, counted after the command, which may hold spaces
-        "pid_started": int(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else None,
-        "boot_id": boot.read_text().strip() if boot.exists() else None,
-        "host": socket.gethostname(),
-        "time": time.time(),
-    }
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from opensloth import contract
 from opensloth.contract import Cause
 from opensloth.files import read_json
+from opensloth.process import PROC, stat_started
 
 CAUSES: Final = (Cause.SUPERSEDED, Cause.CANCELLED, Cause.DEADLINE, Cause.TERMINATED)
 """What ranks may be asked to leave for; when they differ, the first one named here counts."""
@@ -55,9 +56,8 @@ class Orders:
 
 def _alive(pid: int) -> bool:
     """Whether the process runs; one that has ended and was not waited for does not."""
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    if (PROC / "self/stat").exists():
+        return stat_started(pid) is not None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

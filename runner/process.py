@@ -7,39 +7,26 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
+from opensloth.process import PROC, boot_id, stat_fields, stat_started
 from runner.errors import RunnerError
 
-_PROC: Final = Path("/proc")
 _PARENT: Final = 4 - 3
-_START_TIME: Final = 22 - 3
-"""Fields 4 and 22 of /proc/<pid>/stat, counted from the state (field 3), which follows the name in brackets."""
+"""Field 4 of /proc/<pid>/stat, counted from the state (field 3), which follows the name in brackets."""
 _SLACK_SECONDS: Final = 5
 """`ps` rounds start times to seconds, and a process writes its file some time after it started."""
-
-
-def identify_self() -> dict[str, Any]:
-    """What the runner writes into its lock; the launcher's started.json has the same keys."""
-    return {
-        "pid": os.getpid(),
-        "pid_started": _stat_started(os.getpid()),
-        "boot_id": _boot_id(),
-        "host": socket.gethostname(),
-        "time": time.time(),
-    }
 
 
 def is_alive(record: Mapping[str, Any]) -> bool:
     """Whether the process of `record` still runs. One on another host cannot be asked: it counts as alive."""
     if record.get("host") not in (None, socket.gethostname()):
         return True
-    if record.get("boot_id") not in (None, _boot_id()):
+    if record.get("boot_id") not in (None, boot_id()):
         return False
     pid = int(record["pid"])
-    if _PROC.joinpath("self/stat").exists():
-        started = _stat_started(pid)
+    if PROC.joinpath("self/stat").exists():
+        started = stat_started(pid)
         return started is not None and record.get("pid_started") in (None, started)
     started_at = _ps_started(pid)
     return started_at is not None and started_at <= float(record["time"]) + _SLACK_SECONDS
@@ -61,32 +48,10 @@ def descendants(pid: int) -> list[int]:
 
 def _parents() -> dict[int, int]:
     """Process -> its parent, of all that run."""
-    if not _PROC.joinpath("self/stat").exists():
+    if not PROC.joinpath("self/stat").exists():
         return {int(pid): int(parent) for pid, parent in map(str.split, _ps("-A", "-o", "pid=,ppid=").splitlines())}
-    pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
-    return {pid: int(fields[_PARENT]) for pid in pids if (fields := _stat(pid)) is not None}
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/<pid>/stat from the state on; None when the process is gone, or without /proc."""
-    try:
-        text = _PROC.joinpath(str(pid), "stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return text[text.rindex(")") + 2 :].split()
-
-
-def _stat_started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of `pid`; None when it is gone or a zombie, or without /proc."""
-    fields = _stat(pid)
-    return None if fields is None or fields[0] in "ZX" else int(fields[_START_TIME])
-
-
-def _boot_id() -> str | None:
-    try:
-        return _PROC.joinpath("sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
+    pids = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit())
+    return {pid: int(fields[_PARENT]) for pid in pids if (fields := stat_fields(pid)) is not None}
 
 
 def _ps_started(pid: int) -> float | None:

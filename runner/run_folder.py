@@ -12,12 +12,13 @@ from typing import Any, Final
 
 from opensloth import contract, run_config
 from opensloth.files import create_json, read_json, write_atomically
+from opensloth.process import identify_self
 from opensloth.run_config import RunConfig
 from runner.backend import RunStatus
 from runner.errors import NotFoundError
 from runner.event_log import tail_events
 from runner.identity import name_of
-from runner.process import identify_self, is_alive
+from runner.process import is_alive
 from runner.status import AttemptFacts, RunFacts, derive
 
 LAUNCHER_OUTPUT: Final = "launcher.out"

@@ -18,11 +18,12 @@ from stand_in import launcher_command
 from opensloth import contract
 from opensloth.events import Events
 from opensloth.files import read_json, write_json
+from opensloth.process import identify_self
 from opensloth.run_config import check, dump
 from runner.backend import LogQuery, Outcome, RunStatus, State
 from runner.errors import BusyError, LaunchError, NotFoundError, RunnerError
 from runner.local import LocalBackend
-from runner.process import descendants, identify_self, is_alive
+from runner.process import descendants, is_alive
 from runner.run_folder import RunFolder
 
 RUN = "sft-12345678"
@@ -340,7 +341,8 @@ def test_processes_below_this_one_without_ps(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_processes_where_there_is_no_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.process._PROC", tmp_path)
+    monkeypatch.setattr("runner.process.PROC", tmp_path)
+    monkeypatch.setattr("opensloth.process.PROC", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunnerError, match="there is no /proc and no `ps`"):
         descendants(os.getpid())
