@@ -59,6 +59,9 @@ RANK_LOG: Final = "rank-{rank}.log"
 RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
 """{"cause", "message", "hint", "time"}: why this rank left, written by the rank itself."""
 
+LAUNCHER_RANK: Final = -1
+"""Rank of the launcher's lines and events; on node n of several it is LAUNCHER_RANK - n."""
+
 # --- what the launcher gives to each rank through the environment --------------------------------
 
 RUN_DIR_ENV: Final = "OSLO_RUN_DIR"
@@ -94,6 +97,7 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 5
     DEADLINE = 6
     BUDGET = 7
+    START_TIMEOUT = 8
     INFRASTRUCTURE = 143
 
 
@@ -108,6 +112,8 @@ class Cause:
     OUT_OF_MEMORY: Final = "out_of_memory"
     DEADLINE: Final = "deadline"
     BUDGET: Final = "budget"
+    START_TIMEOUT: Final = "start_timeout"
+    """Not all pods of an attempt started in time."""
     CANCELLED: Final = "cancelled"
     TERMINATED: Final = "terminated"
     KILLED: Final = "killed"
@@ -126,6 +132,7 @@ EXIT_CODE_OF_CAUSE: Final = {
     Cause.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
     Cause.DEADLINE: ExitCode.DEADLINE,
     Cause.BUDGET: ExitCode.BUDGET,
+    Cause.START_TIMEOUT: ExitCode.START_TIMEOUT,
     Cause.CANCELLED: ExitCode.INFRASTRUCTURE,
     Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
     Cause.KILLED: ExitCode.INFRASTRUCTURE,

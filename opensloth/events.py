@@ -32,8 +32,6 @@ from typing import Any
 from opensloth.contract import EVENT_PREFIX
 from opensloth.event_lines import render_event
 
-LAUNCHER_RANK = -1
-
 
 class Events:
     """Writes events as whole lines: one write call each, so that a reader meets at most one torn line."""

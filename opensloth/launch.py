@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from opensloth import contract, run_config
-from opensloth.contract import Cause
+from opensloth.contract import LAUNCHER_RANK, Cause
 from opensloth.errors import ConfigError
-from opensloth.events import LAUNCHER_RANK, Events
+from opensloth.events import Events
 from opensloth.files import create_json, read_json, write_json
 from opensloth.opensloth_config import OpenSlothConfig
 from opensloth.orders import CAUSES

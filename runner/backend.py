@@ -12,8 +12,6 @@ from opensloth.run_config import RunConfig
 
 LOCAL_SCHEME: Final = "local://"
 """A handle is a scheme and a run."""
-LAUNCHER_RANK: Final = -1
-"""The launcher's lines and events carry this rank."""
 
 
 class State(StrEnum):
@@ -95,7 +93,7 @@ class LogQuery:
 class LogLine:
     """One line of a log.
 
-    rank: LAUNCHER_RANK is the launcher. text: as people read it. event: the event that the line carries, if it does.
+    rank: contract.LAUNCHER_RANK and below are launchers. text: as people read it. event: the line's, if any.
     """
 
     rank: int

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from opensloth import contract
-from opensloth.contract import EVENT_PREFIX
+from opensloth.contract import EVENT_PREFIX, LAUNCHER_RANK
 from opensloth.event_lines import render_event
-from runner.backend import LAUNCHER_RANK, LogLine, LogQuery
+from runner.backend import LogLine, LogQuery
 from runner.errors import NotFoundError
 from runner.event_log import Event, parse_events
 from runner.run_folder import LAUNCHER_OUTPUT, RunFolder

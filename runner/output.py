@@ -10,9 +10,10 @@ from typing import Any, Final, TextIO
 
 import click
 
+from opensloth.contract import LAUNCHER_RANK
 from opensloth.event_lines import render_event
 from opensloth.human import human_duration
-from runner.backend import LAUNCHER_RANK, LogLine, RunStatus, State
+from runner.backend import LogLine, RunStatus, State
 
 _COLOURS: Final = {
     State.PENDING: "yellow",
@@ -93,8 +94,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def log_line(line: LogLine) -> str:
-    """`[0] step 12/60  loss 1.234`; the launcher's lines as [launcher]."""
-    return f"[{'launcher' if line.rank == LAUNCHER_RANK else line.rank}] {line.text}"
+    """`[0] step 12/60  loss 1.234`; a launcher's lines as [launcher], on other nodes [launcher 1]."""
+    return f"[{_who(line.rank)}] {line.text}"
+
+
+def _who(rank: int) -> str:
+    if rank > LAUNCHER_RANK:
+        return str(rank)
+    return "launcher" if rank == LAUNCHER_RANK else f"launcher {LAUNCHER_RANK - rank}"
 
 
 def log_json(line: LogLine) -> dict[str, Any]:
