@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from opensloth import contract
 from runner.quantities import parse_duration
-from runner.spec import CACHE_MOUNT, OWN_PREFIX, SHARED_MOUNT, JobArgs, TolerationArgs, VolumeArgs
+from runner.spec import CACHE_MOUNT, OWN_PREFIX, SHARED_MOUNT, SHARED_VOLUME, JobArgs, TolerationArgs, VolumeArgs
 
 CONFIG_ANNOTATION: Final = f"{OWN_PREFIX}config"
 CONFIG_MOUNT: Final = "/etc/oslo"
@@ -124,7 +124,7 @@ def _resources(job: JobArgs) -> Manifest:
 def _volumes(job: JobArgs) -> list[Manifest]:
     config = {"path": contract.CONFIG_FILE, "fieldRef": {"fieldPath": f"metadata.annotations['{CONFIG_ANNOTATION}']"}}
     volumes: list[Manifest] = [
-        {"name": "shared", "persistentVolumeClaim": {"claimName": job.volume, "readOnly": False}},
+        {"name": SHARED_VOLUME, "persistentVolumeClaim": {"claimName": job.volume, "readOnly": False}},
         {"name": "config", "downwardAPI": {"items": [config]}},
         {"name": "tmp", "emptyDir": {}},
         # 64 MiB otherwise, too little for NCCL; what is written there counts as the pod's memory.
@@ -146,7 +146,7 @@ def _source(volume: VolumeArgs) -> Manifest:
 
 def _mounts(job: JobArgs) -> list[Manifest]:
     mounts: list[Manifest] = [
-        {"name": "shared", "mountPath": SHARED_MOUNT},
+        {"name": SHARED_VOLUME, "mountPath": SHARED_MOUNT},
         {"name": "config", "mountPath": CONFIG_MOUNT, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "shm", "mountPath": "/dev/shm"},

@@ -16,6 +16,8 @@ from runner.secret_values import looks_secret
 
 DEFAULT_SHM: Final = "2Gi"
 SHARED_MOUNT: Final = "/shared"
+SHARED_VOLUME: Final = "shared"
+"""Name of the volume in the pods that holds the claim."""
 CACHE_MOUNT: Final = "/cache"
 OWN_PREFIX: Final = "opensloth/"
 _OPERATOR_PREFIX: Final = "training.kubeflow.org/"
