@@ -6,7 +6,13 @@ VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 INSTALLED = $(VENV)/.installed-$(shell (cat pyproject.toml; pwd) | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow lint e2e bench install clean
+# make image: IMAGE=registry.example/opensloth:1.0 EXTRAS=train,gpu BASE_IMAGE=... (docker/README.md)
+IMAGE ?= localhost/opensloth:dev
+EXTRAS ?= train
+BASE_IMAGE ?=
+BUILDER = $(if $(shell docker info >/dev/null 2>&1 && echo yes),docker build,BUILDAH_ISOLATION=chroot buildah bud --layers)
+
+.PHONY: demo test test-slow lint e2e bench image lock install clean
 
 demo: $(INSTALLED) ## install, then teach a small model a task and show it before and after
 	$(BIN)/python examples/quickstart/run.py
@@ -28,6 +34,15 @@ e2e: $(INSTALLED) ## end-to-end tests on one machine: the quickstart, as a user 
 
 bench: $(INSTALLED) ## time the preparation of data
 	$(BIN)/python benchmarks/prepare.py
+
+image: ## build the training image, with docker where its daemon answers, else with buildah
+	$(BUILDER) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg EXTRAS=$(EXTRAS) \
+	  --label org.opencontainers.image.version=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --label org.opencontainers.image.revision=$(shell git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
+	  -f docker/train.Dockerfile -t $(IMAGE) .
+
+lock: ## renew the image's locked dependencies, all to the newest that pyproject.toml allows
+	docker/lock
 
 install: $(INSTALLED)
 

@@ -40,10 +40,7 @@ WORKDIR /tmp
 USER 1000:1000
 ENTRYPOINT []
 CMD ["oslo", "--help"]
-ARG VERSION=unknown
-ARG REVISION=unknown
+# Version and revision come by `--label` (make image): buildah would take those of an ARG from its cache.
 LABEL org.opencontainers.image.title="opensloth" \
       org.opencontainers.image.description="Fine-tunes language models: the training side of oslo" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.licenses="Apache-2.0"

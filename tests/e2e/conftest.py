@@ -1,0 +1,46 @@
+"""End-to-end tests on a real cluster: any KUBECONFIG of an admin who may apply k8s/ and patch the operator.
+
+The tests themselves run as the namespace's submitter. OSLO_E2E_IMAGE names an image that the nodes have; without
+it image.sh builds and loads one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stage import Here, OnCluster, Place, prepare_namespace, the_image
+
+ADMIN = os.environ.get("KUBECONFIG", "")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers, which exists on this machine only."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> OnCluster:
+    """k8s/ applied, the operator patched, and a submitter who may do what the Roles say."""
+    if not ADMIN:
+        pytest.fail("set KUBECONFIG to a cluster's admin, or OSLO_SKIP_E2E=1 to leave the cluster out")
+    folder = tmp_path_factory.mktemp("submitter")
+    return OnCluster(folder, ADMIN, prepare_namespace(ADMIN, folder), the_image(ADMIN))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Here:
+    return Here(tmp_path)
+
+
+@pytest.fixture(params=[pytest.param("here", marks=pytest.mark.slow), pytest.param("cluster", marks=pytest.mark.e2e)])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Both backends, for the tests that all of them pass."""
+    found: Place = request.getfixturevalue(request.param)
+    yield found
+    found.clear()
