@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Bring the image of this working tree to the cluster of KUBECONFIG, unless it is there; print its name.
-#   OSLO_IMAGE_LOAD=path/to/load tests/e2e/image.sh [KEY]
-# KEY: the tag; default: docker/image-key. OSLO_IMAGE_LOAD: a command that takes an image archive (docker-archive or
-# OCI) and gives it to the nodes; not needed where the context is kind's. BASE_IMAGE, EXTRAS: as for `make image`.
+#   OSLO_IMAGE_LOAD=path/to/load tests/e2e/image.sh [TAG]
+# TAG: default: docker/image-key; any other (`dev`) is brought anew each time. OSLO_IMAGE_LOAD: a command that takes an
+# image archive (docker-archive or OCI) and gives it to the nodes; not needed where the context is kind's.
+# BASE_IMAGE, EXTRAS: as for `make image`. After a change of code: seconds, with buildah; see image_delta.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=tests/e2e
-image=localhost/opensloth:${1:-$(docker/image-key ${EXTRAS:+"EXTRAS=$EXTRAS"} ${BASE_IMAGE:+"BASE_IMAGE=$BASE_IMAGE"})}
+key=$(docker/image-key ${EXTRAS:+"EXTRAS=$EXTRAS"} ${BASE_IMAGE:+"BASE_IMAGE=$BASE_IMAGE"})
+tag=${1:-$key}
+image=localhost/opensloth:$tag
 say() { echo "image: $*" >&2; }
 
 on_the_nodes() { kubectl get nodes -o jsonpath='{range .items[*].status.images[*]}{.names}{"\n"}{end}' | grep -qF "\"$image\""; }
@@ -38,7 +41,8 @@ load_with_buildah() {
   python3 $here/image_delta.py record "$work/whole.tar" "$state"
 }
 
-if on_the_nodes; then echo "$image"; exit; fi
+exec 9>"${TMPDIR:-/var/tmp}/oslo-image.lock" && flock 9 # tests side by side want the same image
+if [[ $tag == "$key" ]] && on_the_nodes; then echo "$image"; exit; fi
 make --no-print-directory image IMAGE="$image" ${BASE_IMAGE:+"BASE_IMAGE=$BASE_IMAGE"} ${EXTRAS:+"EXTRAS=$EXTRAS"} >&2
 docker=$(docker info >/dev/null 2>&1 && echo yes || echo no)
 context=$(kubectl config current-context)

@@ -1,0 +1,189 @@
+"""Two nodes train one model on a real cluster: the same losses as one process, whatever becomes of a pod on the way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage import Here, OnCluster, write_job
+
+pytestmark = pytest.mark.e2e
+SIX_DIGITS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _tidy(cluster: OnCluster) -> Iterator[None]:
+    yield
+    cluster.clear()
+
+
+def steps_of(events: list[dict[str, Any]]) -> dict[int, float]:
+    """step -> loss."""
+    return {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+
+
+def rows_by_rank(cluster: OnCluster, run: str) -> dict[int, list[int]]:
+    """rank -> the rows of the plan that it says it trained, at log_level debug."""
+    answer = cluster.oslo("logs", run, "-o", "json", "--grep", r"^step \d+ rows ")
+    found: dict[int, list[int]] = {}
+    for line in map(json.loads, answer.out.splitlines()):
+        found.setdefault(line["rank"], []).extend(map(int, line["text"].partition(" rows ")[2].split()))
+    return found
+
+
+def same_losses(ours: dict[int, float], theirs: dict[int, float]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        abs(ours[step] - theirs[step]) <= SIX_DIGITS * abs(theirs[step]) for step in ours
+    )
+
+
+def test_two_nodes_train_the_rows_of_one_plan_with_the_losses_of_one_process(
+    cluster: OnCluster, here: Here, model: Path, tmp_path: Path
+) -> None:
+    file = write_job(tmp_path, model, max_steps=None, num_train_epochs=1, global_batch_size=4)
+    debug = ("--set", "opensloth.log_level=debug")
+    answer = cluster.submit(file, *debug, "--follow")
+    assert answer.code == 0, answer.err
+    run = answer.handle.rpartition("/")[2]
+    pods = cluster.pods(run)
+    assert set(pods) == {f"{run}-master-0", f"{run}-worker-0"}
+    assert {pod["status"]["phase"] for pod in pods.values()} == {"Succeeded"}
+
+    rows = rows_by_rank(cluster, run)
+    events = cluster.events(run)
+    plan = next(event for event in events if event["event"] == "plan")
+    assert set(rows) == {0, 1}
+    assert not set(rows[0]) & set(rows[1])
+    assert sorted(rows[0] + rows[1]) == list(range(plan["rows"]))
+
+    alone = here.submit(file, "--follow")
+    assert alone.code == 0, alone.err
+    assert same_losses(steps_of(events), steps_of(here.events(alone.handle)))
+
+
+def test_the_second_run_with_the_same_data_finds_it_prepared(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
+    file = write_job(tmp_path, model)
+    first = cluster.submit(file, "--follow")
+    assert first.code == 0, first.err
+    assert "copied" in first.err or "upload" in first.err, first.err
+    second = cluster.submit(file, "--set", "training.learning_rate=1e-4", "--follow")
+    assert second.code == 0, second.err
+    assert second.handle != first.handle
+    assert "found in the cache" in second.out
+    assert "found in the cache" not in first.out.partition("[0]")[0].replace("[launcher 1]", "")
+
+
+@pytest.mark.parametrize("victim", ["worker-0", "master-0"])
+def test_a_pod_deleted_midway_costs_time_but_no_bit(
+    cluster: OnCluster, model: Path, tmp_path: Path, victim: str
+) -> None:
+    file = write_job(tmp_path, model, max_steps=200, save_steps=10)
+    submitted = cluster.submit(file)
+    assert submitted.code == 0, submitted.err
+    run = submitted.handle.rpartition("/")[2]
+    cluster.until(run, lambda status: (status["step"] or 0) >= 70)
+    before = cluster.pods(run)
+    cluster.kubectl("delete", "pod", f"{run}-{victim}", "--wait=false")
+    assert cluster.oslo("wait", run).code == 0, cluster.status(run)
+    after = cluster.pods(run)
+    name = f"{run}-{victim}"
+    assert after[name]["metadata"]["uid"] != before[name]["metadata"]["uid"]
+    resumed = [event["step"] for event in cluster.events(run) if event["event"] == "resumed"]
+    assert resumed
+    assert resumed[-1] > 0
+    assert cluster.status(run)["attempt"] >= 2
+
+    undisturbed = cluster.submit(file, "--fresh", "--follow")
+    assert undisturbed.code == 0, undisturbed.err
+    for handle, folder in ((run, "disturbed"), (undisturbed.handle, "undisturbed")):
+        pulled = cluster.oslo("pull", handle, tmp_path / folder)
+        assert pulled.code == 0, pulled.err
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "disturbed" / weights).read_bytes() == (tmp_path / "undisturbed" / weights).read_bytes()
+
+
+def test_a_pod_that_cannot_be_created_is_named_and_joins_late(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "1"}}}
+    file = write_job(tmp_path, model)
+    uploaded = cluster.submit(file, "--set", "training.max_steps=1", "--follow")  # the helper pod needs room, too
+    assert uploaded.code == 0, uploaded.err
+    cluster.clear()
+    submitting = cluster.start("submit", file, "-y", "--follow")
+    try:
+        _until_master_runs(cluster, submitting, quota)
+        time.sleep(20)
+        cluster.kubectl("delete", "resourcequota", "few")
+        out, err = submitting.communicate(timeout=240)
+    finally:
+        submitting.kill()
+        subprocess.run(["true"], check=True)
+    assert submitting.returncode == 0, err
+    assert "exceeded quota" in err
+    assert "[0] step 6/6" in out
+
+
+def _until_master_runs(cluster: OnCluster, submitting: Any, quota: dict[str, Any]) -> None:
+    """Let the helper pod do its work; then allow one pod, the master, until the quota goes."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        jobs = json.loads(cluster.kubectl("get", "pytorchjobs", "-o", "json"))["items"]
+        helpers = json.loads(cluster.kubectl("get", "pods", "-l", "app.kubernetes.io/name=oslo-helper", "-o", "json"))
+        if helpers["items"] and not jobs:
+            cluster.kubectl("apply", "-f", "-", stdin=json.dumps(quota))
+            return
+        assert submitting.poll() is None, submitting.communicate()
+        time.sleep(0.05)
+    pytest.fail("no helper pod came")
+
+
+def test_a_deleted_job_is_still_told_by_its_files(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
+    file = write_job(tmp_path, model)
+    submitted = cluster.submit(file, "--follow")
+    assert submitted.code == 0, submitted.err
+    run = submitted.handle.rpartition("/")[2]
+    deleted = cluster.oslo("delete", run, "-y")
+    assert deleted.code == 0, deleted.err
+    assert "stays on the volume" in deleted.err
+    status = cluster.status(run)
+    assert (status["state"], status["step"], status["handle"]) == ("succeeded", 6, submitted.handle)
+    assert steps_of(cluster.events(run)) == steps_of([e for e in _events_of(submitted.out)] or cluster.events(run))
+    assert cluster.oslo("pull", run, tmp_path / "result").code == 0
+    again = cluster.submit(file, "--follow")
+    assert again.code == 0, again.err
+    assert "has succeeded already" in again.out + again.err
+    assert cluster.oslo("delete", run, "-y", "--files").code == 0
+    assert cluster.oslo("status", run).code == 102
+
+
+def _events_of(out: str) -> list[dict[str, Any]]:
+    return []
+
+
+def test_nothing_is_left_behind(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
+    """No helper pod, no Secret, no ConfigMap: the job is the only object, and it goes with its pods."""
+    before = _objects(cluster)
+    submitted = cluster.submit(write_job(tmp_path, model), "--follow")
+    assert submitted.code == 0, submitted.err
+    assert cluster.oslo("delete", submitted.handle, "-y").code == 0
+    assert _objects(cluster) == before
+
+
+def _objects(cluster: OnCluster) -> set[str]:
+    kinds = "pods,services,secrets,configmaps,serviceaccounts,persistentvolumeclaims,pytorchjobs,jobs,roles"
+    return set(cluster.kubectl("get", kinds, "-o", "name").split())
+
+
+def test_the_quickstart_on_two_nodes(cluster: OnCluster, here: Here, tmp_path: Path) -> None:
+    """A real pretrained model and data that exist on the submitting side only."""
+    examples = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+    sys.path.insert(0, str(examples))
+    from prepare_model import prepare
+
+    folder = prepare(Path("~/.cache/oslo/quickstart").expanduser())
+    pytest.skip(f"{folder}")
