@@ -27,6 +27,9 @@ EVENTS_FILE: Final = "events.jsonl"
 """One event a line, appended by rank 0 (and by the launcher before rank 0 exists)."""
 
 CHECKPOINTS_DIR: Final = "checkpoints"
+CHECKPOINT_PREFIX: Final = "step-"
+"""`checkpoints/step-00000020`: whole under this name, or absent."""
+
 FINAL_DIR: Final = "final"
 """The adapter or the model, the tokenizer and the template."""
 
@@ -40,7 +43,10 @@ ATTEMPTS_DIR: Final = "attempts"
 # --- an attempt's folder --------------------------------------------------------------------------
 
 STARTED_FILE: Final = "started.json"
-"""{"pid", "pid_started", "boot_id", "host", "time"}: enough to tell whether the launcher still lives."""
+"""{"pid", "pid_started", "boot_id", "host", "time"}: enough to tell whether the launcher still lives.
+
+And {"nodes", "checkpoint_step"}: how many take part, and the newest checkpoint's step (null: none).
+"""
 
 ENDED_FILE: Final = "ended.json"
 """{"cause", "exit_code", "message", "hint", "time"}. An attempt without one was killed."""
@@ -62,6 +68,31 @@ RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
 LAUNCHER_RANK: Final = -1
 """Rank of the launcher's lines and events; on node n of several it is LAUNCHER_RANK - n."""
 
+# What the launchers of several nodes say to each other: each file has one writer, and is whole or absent.
+
+JOINED_FILE: Final = "joined-{node}.json"
+"""{"host", "token", "pid", "time"}: made exclusively by the launcher that takes this node's place."""
+
+READY_FILE: Final = "ready-{node}.json"
+"""The node's dataset is there."""
+
+GO_FILE: Final = "go.json"
+"""{"address", "time"}: all nodes are ready; the ranks meet at node 0's address."""
+
+BEAT_FILE: Final = "beat.json"
+"""{"beat", "train_seconds"}: node 0 lives while the number changes; how long its ranks have trained."""
+
+LOST_FILE: Final = "lost.json"
+"""{"node", "host", "time"}: the pod of a node vanished without a word; its successor asks for another attempt."""
+
+NODE_FILE: Final = "node-{node}.json"
+"""{"cause", "message", "hint", "time"}: how it ended on this node. `ended.json` is how the attempt ended."""
+
+NODE_EVENTS: Final = "node-{node}.events.jsonl"
+NODE_LAUNCHER_LOG: Final = "node-{node}.launcher.log"
+NODE_TORCHRUN_LOG: Final = "node-{node}.torchrun.log"
+"""The same as the files of node 0 (events.jsonl, launcher.log, torchrun.log), of the other nodes' launchers."""
+
 # --- what the launcher gives to each rank through the environment --------------------------------
 
 RUN_DIR_ENV: Final = "OSLO_RUN_DIR"
@@ -76,9 +107,24 @@ CONFIG_PATH_ENV: Final = "OSLO_CONFIG"
 DEADLINE_ENV: Final = "OSLO_DEADLINE_SECONDS"
 """Training time over all attempts. Unset: no end."""
 MAX_RESTARTS_ENV: Final = "OSLO_MAX_RESTARTS"
+"""Attempts that may be lost in a row without progress before the run is given up. Unset: any number."""
 START_TIMEOUT_ENV: Final = "OSLO_START_TIMEOUT_SECONDS"
+"""How long the first pod waits for the others to start."""
 GRACE_ENV: Final = "OSLO_GRACE_SECONDS"
 """How long ranks may take to agree, save and leave once they were asked to."""
+STALE_ENV: Final = "OSLO_STALE_SECONDS"
+"""Node 0 counts as gone when its beat has not changed for so long. Unset: 60."""
+TERMINATION_LOG_ENV: Final = "OSLO_TERMINATION_LOG"
+TERMINATION_LOG: Final = "/dev/termination-log"
+"""Where the launcher leaves its last word (pod_log.format_end) for the kubelet."""
+
+# --- what the operator gives to the launcher; torchrun reads the same names ------------------------
+
+NODES_ENV: Final = "PET_NNODES"
+NODE_ENV: Final = "PET_NODE_RANK"
+RANKS_PER_NODE_ENV: Final = "PET_NPROC_PER_NODE"
+MASTER_ADDRESS_ENV: Final = "PET_MASTER_ADDR"
+"""A name that the cluster's DNS may still give the address of an earlier pod for: see GO_FILE."""
 
 # --- events ---------------------------------------------------------------------------------------
 

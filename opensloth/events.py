@@ -26,6 +26,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,18 @@ from opensloth.event_lines import render_event
 class Events:
     """Writes events as whole lines: one write call each, so that a reader meets at most one torn line."""
 
-    def __init__(self, path: Path, *, rank: int, attempt: int, for_people: bool = False) -> None:
-        """path: events.jsonl. for_people: print a readable line on stdout, not the event itself."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rank: int,
+        attempt: int,
+        for_people: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """path: events.jsonl. for_people: say a readable line, not the event itself. say: None: print it."""
         self._rank, self._attempt, self._for_people, self._seq = rank, attempt, for_people, 0
+        self._say = say or _print
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -50,9 +60,7 @@ class Events:
         self._seq += 1
         line = json.dumps(record, allow_nan=False, ensure_ascii=False)
         os.write(self._descriptor, (line + "\n").encode())
-        said = render_event(record) if self._for_people else f"{EVENT_PREFIX}{line}"
-        sys.stdout.write(said + "\n")
-        sys.stdout.flush()
+        self._say(render_event(record) if self._for_people else f"{EVENT_PREFIX}{line}")
 
     def note(self, message: str, level: str = "info") -> None:
         self.emit("note", level=level, message=message)
@@ -75,6 +83,11 @@ class NullEvents(Events):
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _finite(value: Any) -> Any:

@@ -89,8 +89,8 @@ def _find_or_build(config: RunConfig, datasets: list[DatasetArgs], folder: Path,
     footer, reused = cache.read_entry(entry), True
     if footer is None:
         footer, reused = _build_once(config, parts, entry, report)
-    else:
-        report("note", level="info", message=f"using the prepared dataset {entry}")
+    if reused:
+        report("note", level="info", message=f"dataset found in the cache: {entry}")
     cache.note_use(entry)
     return _built(config, entry, footer, reused)
 

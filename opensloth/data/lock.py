@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -21,10 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from opensloth.files import create_json, read_json, write_json
-
-BEAT_SECONDS = 1.0
-STALE_SECONDS = 60.0
+from opensloth.beat import STALE_SECONDS, Beat, Watch
+from opensloth.files import create_json, read_json
 
 
 @dataclass
@@ -44,23 +41,21 @@ class BuildLock:
         self.token = uuid.uuid4().hex[:12]
         self.progress = Progress()
         self._beat_path = beat_path(path, self.token)
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._beat = Beat(self._beat_path, lambda: {"done": self.progress.done, "total": self.progress.total})
 
     def try_acquire(self) -> bool:
         """Whether the lock is now held by this object. Raises OSError where the folder is read-only."""
         if self._path.exists():
             return False
-        self._write_beat(0)
+        self._beat.write()
         if not create_json(self._path, {"token": self.token, **_this_process()}):
             self._beat_path.unlink(missing_ok=True)
             return False
-        self._thread.start()
+        self._beat.start()
         return True
 
     def release(self) -> None:
-        self._released.set()
-        self._thread.join()
+        self._beat.stop()
         holder = read_json(self._path)
         if isinstance(holder, dict) and holder.get("token") == self.token:
             self._path.unlink(missing_ok=True)
@@ -74,18 +69,6 @@ class BuildLock:
     ) -> None:
         self.release()
 
-    def _beat(self) -> None:
-        number = 0
-        while not self._released.wait(BEAT_SECONDS):
-            number += 1
-            try:
-                self._write_beat(number)
-            except OSError:
-                return  # a full disk: the builder meets the same error and reports it
-
-    def _write_beat(self, number: int) -> None:
-        write_json(self._beat_path, {"beat": number, "done": self.progress.done, "total": self.progress.total})
-
 
 class LockObserver:
     """Watches somebody else's lock."""
@@ -93,9 +76,7 @@ class LockObserver:
     def __init__(
         self, path: Path, *, stale_seconds: float = STALE_SECONDS, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._path, self._stale_seconds, self._clock = path, stale_seconds, clock
-        self._last_seen: Any = None
-        self._changed_at = clock()
+        self._path, self._stale_seconds, self._watch = path, stale_seconds, Watch(clock)
 
     def look(self) -> Progress | None:
         """How far the builder is; None when there is no builder, or it has gone and its lock was removed."""
@@ -105,10 +86,8 @@ class LockObserver:
                 return None
             holder = {"token": "torn"}
         beat = read_json(beat_path(self._path, holder["token"])) or {}
-        seen = (holder["token"], beat.get("beat"))
-        if seen != self._last_seen:
-            self._last_seen, self._changed_at = seen, self._clock()
-        if self._clock() - self._changed_at >= self._stale_seconds or _is_dead_here(holder):
+        silent = self._watch.unchanged_seconds((holder["token"], beat.get("beat")))
+        if silent >= self._stale_seconds or _is_dead_here(holder):
             _break_lock(self._path, holder["token"])
             return None
         return Progress(beat.get("done", 0), beat.get("total"))

@@ -41,7 +41,7 @@ def test_the_second_build_reuses_the_first(data: Path, built: Build, events: Eve
     assert (first.reused, second.reused) == (False, True)
     assert first.path == second.path
     assert (first.rows, first.sources) == (second.rows, second.sources)
-    assert f"using the prepared dataset {first.path}" in events.notes()
+    assert f"dataset found in the cache: {first.path}" in events.notes()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_read_only_cache(data: Path, built: Build, monkeypatch: pytest.MonkeyP
         raise OSError(30, "Read-only file system")
 
     # Rights do not stop root, who may run these tests; so the file system's answer is given in its place.
-    monkeypatch.setattr("opensloth.data.lock.write_json", refuse)
+    monkeypatch.setattr("opensloth.beat.write_json", refuse)
     monkeypatch.setattr("opensloth.data.cache.os.access", lambda *_: False)
     assert built(data).reused
     with pytest.raises(
