@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from opensloth.contract import CHECKPOINT_PREFIX
 from opensloth.dist import World, barrier
 from opensloth.files import read_json, sync_folder, sync_tree, write_json
 from opensloth.fingerprint import file_sha256
@@ -23,7 +24,7 @@ from opensloth.fingerprint import file_sha256
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
 RANDOM_STATE = "random-state-{rank}.pt"
-PREFIX = "step-"
+PREFIX = CHECKPOINT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class CheckpointState:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, *, keep: int | None, world: World) -> None:
-        """keep: how many of the newest stay; None: all."""
-        self._folder, self._keep, self._world = folder, keep, world
+    def __init__(
+        self, folder: Path, *, keep: int | None, world: World, fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """keep: how many of the newest stay; None: all. fence: raises when this process may not write any more."""
+        self._folder, self._keep, self._world, self._fence = folder, keep, world, fence
         self._saved: Path | None = None
 
     def save(self, state: CheckpointState, write_model: Callable[[Path], None], tensors: dict[str, Any] | None) -> Path:
@@ -94,6 +97,7 @@ class Checkpoints:
         }
         sync_tree(aside)
         write_json(aside / MANIFEST, {**vars(state), "files": listed})
+        self._fence()
         replaced = final.with_name(f".{final.name}.replaced.tmp")
         if final.exists():  # an earlier attempt got as far and was set back
             final.rename(replaced)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from opensloth import contract
 from opensloth.contract import Cause
+from opensloth.errors import StopRequested
 from opensloth.files import read_json
 from opensloth.process import PROC, stat_started
 
@@ -30,7 +31,7 @@ class Orders:
 
     def cause(self) -> str | None:
         """A word of CAUSES, or None to go on."""
-        if self._attempt is not None and self._attempt.with_name(str(int(self._attempt.name) + 1)).exists():
+        if self._is_superseded():
             return Cause.SUPERSEDED
         if self._attempt is not None and (self._attempt / contract.STOP_FILE).exists():
             asked = (read_json(self._attempt / contract.STOP_FILE) or {}).get("cause")
@@ -38,6 +39,18 @@ class Orders:
         if self._launcher is not None and not _alive(self._launcher):
             return Cause.TERMINATED
         return self._asked
+
+    def fence(self) -> None:
+        """Called right before something is put in place of what another attempt may have put there.
+
+        Raises StopRequested when a newer attempt exists: an attempt's number, made by an exclusive mkdir, is the
+        token, and only its newest holder may write.
+        """
+        if self._is_superseded():
+            raise StopRequested(Cause.SUPERSEDED, "a newer attempt has started: this one writes nothing more")
+
+    def _is_superseded(self) -> bool:
+        return self._attempt is not None and self._attempt.with_name(str(int(self._attempt.name) + 1)).exists()
 
     def __enter__(self) -> Orders:
         try:

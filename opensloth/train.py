@@ -81,7 +81,7 @@ def run_rank(run: Path, attempt: int) -> None:
     # What this run has done itself counts for more than the checkpoint it was once started from.
     result = trainer.train(trainer.newest_checkpoint() or training.resume_from_checkpoint or False)
     if world.is_main:
-        _publish(trainer, config, run, result, events)
+        _publish(trainer, config, place, run, result, events)
         events.emit("result", final=str(place.final), **_report(result))
     barrier(world)
 
@@ -129,12 +129,18 @@ def _saved_dtype(config: RunConfig) -> torch.dtype | None:
     return published_dtype(model) if model.full_finetuning else None
 
 
-def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainResult, events: Events) -> None:
-    """Put the result in place whole, then the report that says so; copy it to output_dir if that is given."""
-    final, aside = run / contract.FINAL_DIR, run / f".{contract.FINAL_DIR}.tmp"
+def _publish(
+    trainer: SftTrainer, config: RunConfig, place: Place, run: Path, result: TrainResult, events: Events
+) -> None:
+    """Put the result in place whole, then the report that says so; copy it to output_dir if that is given.
+
+    Raises StopRequested, and leaves what is there, when a newer attempt has started.
+    """
+    final, aside = place.final, run / f".{contract.FINAL_DIR}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     trainer.save_model(aside, _saved_dtype(config))
     sync_tree(aside)
+    place.orders.fence()
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     versions = {
@@ -143,6 +149,7 @@ def _publish(trainer: SftTrainer, config: RunConfig, run: Path, result: TrainRes
         "transformers": transformers.__version__,
     }
     report = {"final": str(final), "output_dir": config.training.output_dir, "versions": versions}
+    place.orders.fence()
     write_json(run / contract.REPORT_FILE, report | _report(result))
     if config.training.output_dir:
         try:
@@ -176,7 +183,13 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
             hint,
         )
     text = f"{type(error).__name__}: {error}"
-    lost = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+    lost = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Connection refused",
+        "Broken pipe",
+        "gloo/transport",
+    )
     if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in lost):
         return Cause.PEER_LOST, f"another rank went away ({text.splitlines()[0]})", ""
     return Cause.ERROR, text.splitlines()[0], "the whole traceback is in the rank's log"

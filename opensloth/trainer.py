@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import TrainerState
@@ -98,7 +101,9 @@ class SftTrainer:
             is_world_process_zero=world.is_main,
         )
         self._reporting = Reporting(arguments, self.state, model, place.tensorboard)
-        self._checkpoints = checkpoint.Checkpoints(place.checkpoints, keep=self._training.save_total_limit, world=world)
+        self._checkpoints = checkpoint.Checkpoints(
+            place.checkpoints, keep=self._training.save_total_limit, world=world, fence=place.orders.fence
+        )
         self._found_whole: Path | None = None
         """What newest_checkpoint has verified: hashing gigabytes once is enough."""
         self._targets_seen = 0
@@ -188,6 +193,8 @@ class SftTrainer:
 
     def _step(self, step: int) -> StepTotals:
         micro_batches = self._order.micro_batches(step, self._world.rank)
+        if self._config.opensloth.log_level == "debug":
+            self._say_rows(step, micro_batches)
         batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
         sums = accumulate_gradients(self._objective, batches, self._parameters, self._world)
         totals = StepTotals(*sums, grad_norm=clip_gradients(self._parameters, self._training.max_grad_norm))
@@ -198,6 +205,12 @@ class SftTrainer:
         self._targets_seen += totals.targets
         self.state.num_input_tokens_seen += totals.tokens
         return totals
+
+    def _say_rows(self, step: int, micro_batches: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Which rows of the plan this rank trains, in its own log: what all ranks say together is the step."""
+        rows = " ".join(str(row) for batch in micro_batches for row in batch)
+        sys.stdout.write(f"step {step + 1} rows {rows}\n")
+        sys.stdout.flush()
 
     def _check_finite(self, step: int, totals: StepTotals) -> None:
         """Every rank holds the same sums, so all of them stop together, before the weights change."""
