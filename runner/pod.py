@@ -23,6 +23,20 @@ LOST_NODE_SECONDS: Final = 60
 KILL_MARGIN_SECONDS: Final = 10
 """What the launcher needs after its ranks, before the kubelet kills the pod."""
 Manifest = dict[str, Any]
+POD_SECURITY: Final[Manifest] = {
+    "runAsNonRoot": True,
+    "runAsUser": USER_ID,
+    "runAsGroup": USER_ID,
+    "fsGroup": USER_ID,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+CONTAINER_SECURITY: Final[Manifest] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
+"""With POD_SECURITY what Pod Security `restricted` asks for."""
 
 
 def pod_template(
@@ -45,14 +59,7 @@ def pod_template(
                 "nodeSelector": job.node_selector,
                 "tolerations": _tolerations(job),
                 "imagePullSecrets": [{"name": name} for name in job.image_pull_secrets],
-                "securityContext": {
-                    "runAsNonRoot": True,
-                    "runAsUser": USER_ID,
-                    "runAsGroup": USER_ID,
-                    "fsGroup": USER_ID,
-                    "fsGroupChangePolicy": "OnRootMismatch",
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
+                "securityContext": dict(POD_SECURITY),
                 "containers": [_container(run, job)],
                 "volumes": _volumes(job),
             }
@@ -69,11 +76,7 @@ def _container(run: str, job: JobArgs) -> Manifest:
         "env": _environment(job),
         "ports": [PORT],
         "resources": _resources(job),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "securityContext": dict(CONTAINER_SECURITY),
         "terminationMessagePath": "/dev/termination-log",
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": _mounts(job),
