@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 
 CHUNK_BYTES = 1 << 20
 
@@ -17,13 +18,19 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_sha256(path: Path) -> str:
-    """Hex SHA-256 of a folder: of the sorted relative names and the hashes of its files, hidden ones left out."""
-    digest = hashlib.sha256()
+def visible_files(path: Path) -> Iterator[tuple[PurePath, Path]]:
+    """(name relative to the folder, path) of the files below it, sorted, hidden ones left out: what its hash is of."""
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path)
         if not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()}\0{file_sha256(file)}\n".encode())
+            yield name, file
+
+
+def folder_sha256(path: Path) -> str:
+    """Hex SHA-256 of a folder: of the sorted relative names and the hashes of its visible files."""
+    digest = hashlib.sha256()
+    for name, file in visible_files(path):
+        digest.update(f"{name.as_posix()}\0{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
