@@ -39,6 +39,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory, image: str) -> Iterator[No
     images = f"[{{name: localhost/opensloth, newName: {name}, newTag: {tag}}}]"
     text = f"namespace: {NAMESPACE}\nresources: [{dev}]\nimages: {images}\n"
     (overlay / "kustomization.yaml").write_text(text)
+    kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait")  # an earlier test's may be on its way out
     kubectl("apply", "-k", str(overlay))
     claim = "--for=jsonpath={.status.phase}=Bound"
     kubectl("wait", "pvc/training", "-n", NAMESPACE, claim, "--timeout=60s")
@@ -98,7 +99,6 @@ def job(image: str, name: str) -> dict[str, Any]:
 
 
 def test_the_namespace_accepts_a_jobs_pods_and_they_write_to_the_volume(image: str) -> None:
-    kubectl("delete", "pytorchjob", "admin-1", "-n", NAMESPACE, "--ignore-not-found")
     kubectl("create", *SUBMITTER, "-f", "-", given=job(image, "admin-1"))
     done = "--for=condition=Succeeded"
     kubectl("wait", "pytorchjob/admin-1", "-n", NAMESPACE, done, "--timeout=150s", check=False, seconds=160)
