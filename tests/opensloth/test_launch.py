@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,94 +14,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from launched import STEPS, Run, row
 
-from opensloth import run_config
 from opensloth.checkpoint import fault_in
 
 pytestmark = pytest.mark.slow
-STEPS = 240
-
-
-class Run:
-    """A run folder, and the launcher's process on it."""
-
-    def __init__(self, folder: Path, model: Path, *, devices: int = 1, rows: int = 120, **training: Any) -> None:
-        self.folder = folder / "runs" / "tiny-00000000"
-        self.folder.mkdir(parents=True)
-        self.data = folder / "train.jsonl"
-        self.data.write_text("".join(_row(i) for i in range(rows)))
-        defaults = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "save_steps": 5}
-        config, problems = run_config.check(
-            {
-                "name": "tiny",
-                "opensloth": {
-                    "data_cache_path": str(folder / "cache"),
-                    "devices": list(range(devices)),
-                    "fast_model_args": {"model_name": str(model), "max_seq_length": 128},
-                },
-                "dataset": {"path": str(self.data)},
-                "training": defaults | training,
-            }
-        )
-        assert config is not None, problems
-        (self.folder / "config.yaml").write_text(run_config.dump(config))
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "opensloth.launch", str(self.folder)]
-        with (self.folder / "launcher.out").open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-
-    def wait(self) -> int:
-        assert self.process is not None
-        return self.process.wait(timeout=180)
-
-    def finish(self) -> int:
-        self.start()
-        return self.wait()
-
-    def attempt(self, name: str, number: int | None = None) -> dict[str, Any]:
-        """A JSON file of the last attempt, or of attempt `number`."""
-        last = number or max(int(path.name) for path in (self.folder / "attempts").iterdir())
-        found: dict[str, Any] = json.loads((self.folder / "attempts" / str(last) / name).read_text())
-        return found
-
-    def events(self) -> list[dict[str, Any]]:
-        file = self.folder / "events.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def until(self, seen: Callable[[list[dict[str, Any]]], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not seen(self.events()):
-            assert time.monotonic() < deadline, (self.folder / "launcher.out").read_text()
-            time.sleep(0.02)
-
-    def until_step(self, step: int) -> None:
-        self.until(lambda events: any(e["event"] == "step" and e["step"] >= step for e in events))
-
-    def ranks(self) -> list[int]:
-        """Process numbers of this run's ranks."""
-        mine = f"OSLO_RUN_DIR={self.folder}".encode()
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (process / "cmdline").read_bytes()
-                is_rank = b"opensloth.train" in command and b"torch.distributed.run" not in command
-                if is_rank and mine in (process / "environ").read_bytes():
-                    found.append(int(process.name))
-            except OSError:
-                continue
-        return found
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = load_file(self.folder / "final" / "adapter_model.safetensors")
-        return found
-
-
-def _row(i: int) -> str:
-    user = {"role": "user", "content": f"What is {i} plus {i + 1}?"}
-    return json.dumps({"messages": [user, {"role": "assistant", "content": f"It is {2 * i + 1}."}]}) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +60,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_where_it_was(tmp_path: Path,
 @pytest.mark.parametrize("how", ["stop file", "SIGTERM to the launcher", "SIGTERM to a rank", "SIGINT"])
 def test_a_request_to_stop_saves_the_step_it_stops_at(tmp_path: Path, model: Path, how: str) -> None:
     run = Run(tmp_path, model, devices=2, save_steps=1000)
-    run.data.write_text("".join(_row(i) for i in range(120)))
+    run.data.write_text("".join(row(i) for i in range(120)))
     run.start()
     run.until_step(3)
     if how == "stop file":

@@ -1,0 +1,63 @@
+"""A volume that this user may not write: one sentence, everywhere it is looked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensloth.pod_log import parse_end
+
+# Drops its rights after the imports: the interpreter may lie where another user cannot read.
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import opensloth.launch.launcher as launcher
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(12345)
+    os.setuid(12345)
+sys.exit(launcher.launch(Path(sys.argv[1])))
+"""
+
+
+def launch(root: Path, node: int = 0) -> tuple[int, str, str]:
+    """(exit code, output, termination message) of a launcher in a pod."""
+    config, last_word = root.parent / "config.yaml", root.parent / "termination-log"
+    config.write_text("{}")
+    last_word.touch()
+    last_word.chmod(0o666)
+    for folder in [*root.parents][:3]:  # pytest's own folders are for their owner only
+        folder.chmod(0o755)
+    env = {"OSLO_CONFIG": str(config), "OSLO_TERMINATION_LOG": str(last_word), "PATH": "/usr/bin:/bin"}
+    env |= {"PET_NNODES": "2", "PET_NODE_RANK": str(node), "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", SCRIPT, str(root / "runs" / "tiny-0")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=False)
+    return done.returncode, done.stdout + done.stderr, last_word.read_text()
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_volume_of_somebody_else(tmp_path: Path, node: int) -> None:
+    root = tmp_path / "shared"
+    root.mkdir(mode=0o555)
+    code, output, last_word = launch(root, node)
+    assert code == 2, output
+    end = parse_end(last_word)
+    assert end is not None
+    cause, message, hint = end
+    assert cause == "config"
+    assert f"may not write in {root} (mode 0555, owner " in message
+    assert message.startswith("uid ")
+    assert "gid " in message
+    assert "fsGroup" in hint
+    assert message in output.replace('\\"', '"')
+    assert not list(root.iterdir())
+
+
+def test_a_volume_that_is_not_mounted(tmp_path: Path) -> None:
+    code, _, last_word = launch(tmp_path / "shared")
+    assert code == 2
+    assert f"{tmp_path / 'shared'} does not exist: the volume is not mounted" in last_word
+    assert not (tmp_path / "shared").exists()
