@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from opensloth.run_config import RunConfig
 
 LOCAL_SCHEME: Final = "local://"
-"""A handle is a scheme and a run."""
+CLUSTER_SCHEME: Final = "kubernetes://"
+"""A handle is `local://RUN` or `kubernetes://NAMESPACE/RUN`."""
 
 
 class State(StrEnum):
@@ -39,7 +41,7 @@ class RunStatus:
     run: str
     """Its id."""
     handle: str
-    """`local://RUN`."""
+    """`local://RUN` or `kubernetes://NAMESPACE/RUN`."""
     name: str
     state: State
     phase: str | None = None
@@ -101,6 +103,13 @@ class LogLine:
     event: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """What a run that is followed waits for; said again only when it has changed."""
+
+    reason: str
+
+
 class Outcome(StrEnum):
     """What a submit came to."""
 
@@ -110,18 +119,37 @@ class Outcome(StrEnum):
     ALREADY_SUCCEEDED = "already_succeeded"
 
 
+@dataclass(frozen=True)
+class Submission:
+    """What a submit hands over.
+
+    config_text: the resolved config. manifest: the object to create on a cluster, which holds the config too.
+    """
+
+    config_text: str
+    manifest: dict[str, Any] | None = None
+
+
 class Backend(Protocol):
     """Where runs run. Methods that take a run raise NotFoundError when it is not there."""
+
+    @property
+    def poll_seconds(self) -> float:
+        """How often a waiting command may ask."""
+        ...
 
     def runs(self) -> list[str]:
         """Ids of all runs, unordered."""
         ...
 
-    def submit(self, run: str, config_text: str) -> Outcome:
-        """Start `run`, or take up what is there of it.
+    def named(self, wanted: str) -> str | None:
+        """The run of that id, else the latest of that plain name; None when there is neither."""
+        ...
 
-        config_text: the resolved config. Raises LaunchError when the launcher ends before it started.
-        """
+    def handle(self, run: str) -> str: ...
+
+    def submit(self, run: str, submission: Submission) -> Outcome:
+        """Start `run`, or take up what is there of it. Raises LaunchError when it ends before it started."""
         ...
 
     def get(self, run: str) -> RunStatus: ...
@@ -138,8 +166,8 @@ class Backend(Protocol):
         """The lines that are there now."""
         ...
 
-    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | None]:
-        """Lines as they come, until the run is over; None whenever there is nothing to say for a while."""
+    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | Waiting]:
+        """Lines as they come, over all coming attempts, until the run is over or deleted."""
         ...
 
     def cancel(self, run: str, *, force: bool) -> None:
@@ -150,6 +178,15 @@ class Backend(Protocol):
         """Go on from the last checkpoint. Raises BusyError when it runs or has succeeded."""
         ...
 
-    def delete(self, run: str) -> None:
-        """Remove the run and all its files. Raises BusyError while it runs."""
+    @property
+    def keeps_files(self) -> bool:
+        """Whether a run's files outlive it."""
+        ...
+
+    def delete(self, run: str, *, files: bool) -> None:
+        """Remove the run, and its files where they would stay. Raises BusyError while it runs."""
+        ...
+
+    def pull(self, run: str, destination: Path) -> list[Path]:
+        """Copy the result into a folder, hash-checked; returns its files. Raises BusyError while there is none."""
         ...

@@ -22,14 +22,15 @@ COMMANDS: Final = {
     "validate": ("config", "Check a config file and print what the run will do."),
     "schema": ("schema", "Print the JSON schema of the config file."),
     "render": ("render", "Print the PyTorchJob of a config file."),
-    "submit": ("submit", "Train as a config file says."),
+    "submit": ("submit", "Train as a config file says, on a cluster or with --local here."),
     "logs": ("logs", "Show the log of a run, all ranks."),
     "status": ("jobs", "Show where a run stands."),
     "list": ("jobs", "List the runs, newest first."),
     "wait": ("jobs", "Wait until a run is over; the exit code says how it ended."),
     "cancel": ("jobs", "Save a checkpoint and stop; the run can be resumed."),
     "resume": ("jobs", "Go on from the last checkpoint."),
-    "delete": ("jobs", "Delete a run and all its files."),
+    "pull": ("pull", "Copy the result of a run into a folder."),
+    "delete": ("jobs", "Delete a run; on a cluster its files stay unless you say --files."),
     "data": ("data", "Look at, build and tidy up prepared datasets."),
     "completion": ("completion", "Print the shell code that completes oslo's commands."),
 }
@@ -60,7 +61,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """One YAML in, a fine-tuned model out.
 
-    JOB is a handle (local://RUN), a run's id, or a plain name: its latest run.
+    JOB is a handle (local://RUN, kubernetes://NAMESPACE/RUN), a run's id, or a plain name: its latest run, looked
+    for on this machine and then on the cluster.
     """
 
 

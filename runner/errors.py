@@ -6,6 +6,7 @@ RunnerError               1    message + hint: what went wrong, what to do next
 ├── MissingExtraError     1    a command that needs torch where it is not installed
 ├── BusyError             1    the run is in a state in which this cannot be done
 ├── LaunchError           1    the launcher ended before it had started
+├── ClusterError          1    the cluster refuses or does not answer (see runner.kube.errors)
 ├── JobFailedError        100
 ├── NotFoundError         102  no such run
 ├── JobCancelledError     103  cancelled or deleted
@@ -52,6 +53,10 @@ class BusyError(RunnerError):
 
 
 class LaunchError(RunnerError):
+    pass
+
+
+class ClusterError(RunnerError):
     pass
 
 

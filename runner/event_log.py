@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from opensloth.contract import EVENT_PREFIX
+
 _BLOCK_BYTES: Final = 64 * 1024
 Event = dict[str, Any]
 
@@ -17,6 +19,11 @@ def parse_events(data: bytes) -> Iterator[Event]:
         event = _parse(line)
         if event is not None:
             yield event
+
+
+def event_of(line: str) -> Event | None:
+    """The event that a log line carries, if it does."""
+    return _parse(line.removeprefix(EVENT_PREFIX).encode()) if line.startswith(EVENT_PREFIX) else None
 
 
 def tail_events(path: Path, attempt: int) -> list[Event]:

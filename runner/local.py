@@ -20,9 +20,11 @@ from opensloth.contract import Cause
 from opensloth.files import create_json, read_json
 from opensloth.run_config import RunConfig
 from runner import log_files
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State
+from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
 from runner.errors import BusyError, LaunchError, NotFoundError
+from runner.identity import name_of
 from runner.process import descendants, is_alive
+from runner.results import place_result
 from runner.run_folder import LAUNCHER_OUTPUT, RunFolder
 
 DEFAULT_LAUNCHER: Final = (sys.executable, "-m", "opensloth.launch")
@@ -39,6 +41,20 @@ class LocalBackend:
         self._root = root
         self._launcher = tuple(launcher)
 
+    @property
+    def poll_seconds(self) -> float:
+        return 0.2
+
+    def handle(self, run: str) -> str:
+        return LOCAL_SCHEME + run
+
+    def named(self, wanted: str) -> str | None:
+        runs = self.runs()
+        if wanted in runs:
+            return wanted
+        of_name = [run for run in runs if name_of(run) == wanted]
+        return max(of_name, key=lambda run: (self._started(run), run), default=None)
+
     def runs(self) -> list[str]:
         folder = self._root / contract.RUNS_DIR
         if not folder.is_dir():
@@ -46,7 +62,7 @@ class LocalBackend:
         names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))  # those are being deleted
         return [name for name in names if self._folder(name).exists()]
 
-    def submit(self, run: str, config_text: str) -> Outcome:
+    def submit(self, run: str, submission: Submission) -> Outcome:
         folder = self._folder(run)
         with folder.submitting(make=True):
             if not folder.exists() or not folder.attempt_numbers():
@@ -54,7 +70,7 @@ class LocalBackend:
             else:
                 outcome = _OUTCOME_OF_STATE[_as_if_unlocked(folder).state]
             if outcome in (Outcome.STARTED, Outcome.RESUMED):
-                folder.write_config(config_text)
+                folder.write_config(submission.config_text)
                 self._start(folder)
         return outcome
 
@@ -76,10 +92,16 @@ class LocalBackend:
         folder.require()
         return log_files.read(folder, query)
 
-    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | None]:
+    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | Waiting]:
         folder = self._folder(run)
         folder.require()
-        return log_files.follow(folder, query)
+        said: str | None = None
+        for line in log_files.follow(folder, query):
+            if line is not None:
+                yield line
+                said = None if line.event is None else said
+            elif said is None and (said := self._waits_for(run)):
+                yield Waiting(said)
 
     def cancel(self, run: str, *, force: bool) -> None:
         folder = self._folder(run)
@@ -106,7 +128,11 @@ class LocalBackend:
                 raise BusyError(f"{status.handle} is {status.state}", f"oslo logs -f {status.handle}")
             self._start(folder)
 
-    def delete(self, run: str) -> None:
+    @property
+    def keeps_files(self) -> bool:
+        return False
+
+    def delete(self, run: str, *, files: bool = True) -> None:
         folder = self._folder(run)
         folder.require()
         with folder.submitting():  # a submit at the same time starts it before, or anew after
@@ -114,6 +140,27 @@ class LocalBackend:
             if not status.state.is_over:
                 raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
             folder.remove()
+
+    def pull(self, run: str, destination: Path) -> list[Path]:
+        status = self._folder(run).status()
+        if status.final is None:
+            raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
+        return place_result(Path(status.final), destination)
+
+    def _waits_for(self, run: str) -> str:
+        """ "" when it waits for nothing, or is gone."""
+        try:
+            status = self.get(run)
+        except NotFoundError:
+            return ""
+        return "" if status.state.is_over else status.reason or ""
+
+    def _started(self, run: str) -> float:
+        """When it started: one that is just starting is the latest, one that was deleted meanwhile the first."""
+        try:
+            return self.get(run).started or float("inf")
+        except NotFoundError:
+            return 0.0
 
     def _folder(self, run: str) -> RunFolder:
         return RunFolder(self._root / contract.RUNS_DIR / run, LOCAL_SCHEME + run)

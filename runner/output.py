@@ -13,7 +13,7 @@ import click
 from opensloth.contract import LAUNCHER_RANK
 from opensloth.event_lines import render_event
 from opensloth.human import human_duration
-from runner.backend import LogLine, RunStatus, State
+from runner.backend import CLUSTER_SCHEME, LOCAL_SCHEME, LogLine, RunStatus, State
 
 _COLOURS: Final = {
     State.PENDING: "yellow",
@@ -145,10 +145,11 @@ def status_line(status: RunStatus) -> str:
 
 
 def list_text(statuses: Sequence[RunStatus], now: float) -> str:
-    header = ("RUN", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "RESTARTS", "AGE")
+    header = ("RUN", "WHERE", "STATE", "STEP", "LOSS", "TOK/S", "ETA", "RESTARTS", "AGE")
     rows = [
         (
             status.run,
+            _where(status.handle),
             state_text(status),
             _step(status) or _UNKNOWN,
             _UNKNOWN if status.loss is None else f"{status.loss:.4g}",
@@ -160,6 +161,11 @@ def list_text(statuses: Sequence[RunStatus], now: float) -> str:
         for status in statuses
     ]
     return table(header, rows)
+
+
+def _where(handle: str) -> str:
+    """`here`, or the cluster's namespace."""
+    return "here" if handle.startswith(LOCAL_SCHEME) else handle.removeprefix(CLUSTER_SCHEME).partition("/")[0]
 
 
 def state_text(status: RunStatus) -> str:

@@ -56,22 +56,14 @@ def derive(run: RunFacts, attempts: Sequence[AttemptFacts], events: Sequence[Eve
         return _without_attempt(run)
     last = attempts[-1]
     state, ending = _state(run, last, events)
-    phase = _last(events, "phase", "phase")
-    waiting = _reason_to_wait(state, phase, events)
+    waiting = reason_to_wait(state, events)
     first = attempts[0].started
     return RunStatus(
         run=run.run,
         handle=run.handle,
         name=run.name,
         state=state,
-        phase=phase,
-        step=_first_known(_last(events, "step", "step"), _last(events, "resumed", "step")),
-        total_steps=_first_known(_last(events, "step", "total_steps"), _last(events, "plan", "total_steps")),
-        epoch=_last(events, "step", "epoch"),
-        loss=_last(events, "step", "loss"),
-        eval_loss=_last(events, "eval", "loss"),
-        target_tokens_per_second=_last(events, "step", "target_tokens_per_second"),
-        eta=None if state.is_over else _last(events, "step", "eta"),
+        **progress(state, events),
         attempt=last.number,
         cause=ending.get("cause"),
         reason=ending.get("message") or waiting,
@@ -84,6 +76,25 @@ def derive(run: RunFacts, attempts: Sequence[AttemptFacts], events: Sequence[Eve
     )
 
 
+def progress(state: State, events: Sequence[Event]) -> dict[str, Any]:
+    """The fields of RunStatus that the events of an attempt tell."""
+    return {
+        "phase": _last(events, "phase", "phase"),
+        "step": _first_known(_last(events, "step", "step"), _last(events, "resumed", "step")),
+        "total_steps": _first_known(_last(events, "step", "total_steps"), _last(events, "plan", "total_steps")),
+        "epoch": _last(events, "step", "epoch"),
+        "loss": _last(events, "step", "loss"),
+        "eval_loss": _last(events, "eval", "loss"),
+        "target_tokens_per_second": _last(events, "step", "target_tokens_per_second"),
+        "eta": None if state.is_over else _last(events, "step", "eta"),
+    }
+
+
+def has_trained(events: Sequence[Event]) -> bool:
+    """Whether the attempt has come as far as training."""
+    return any(event["event"] == "step" for event in events) or _last(events, "phase", "phase") == "train"
+
+
 def _state(run: RunFacts, last: AttemptFacts, events: Sequence[Event]) -> tuple[State, Record]:
     """The state, and what ended.json says or would say."""
     if last.ended is not None:
@@ -94,8 +105,7 @@ def _state(run: RunFacts, last: AttemptFacts, events: Sequence[Event]) -> tuple[
         return State.PENDING, {}
     if not last.alive:
         return _gone(run, last)
-    trains = any(event["event"] == "step" for event in events) or _last(events, "phase", "phase") == "train"
-    return (State.RUNNING if trains else State.PREPARING), {}
+    return (State.RUNNING if has_trained(events) else State.PREPARING), {}
 
 
 def _gone(run: RunFacts, last: AttemptFacts) -> tuple[State, Record]:
@@ -128,11 +138,13 @@ def _without_attempt(run: RunFacts) -> RunStatus:
     )
 
 
-def _reason_to_wait(state: State, phase: str | None, events: Sequence[Event]) -> str | None:
+def reason_to_wait(state: State, events: Sequence[Event]) -> str | None:
+    """What a run that is being prepared does, from the events of its attempt."""
     if state is State.PENDING:
         return "waiting for the launcher to start"
     if state is not State.PREPARING:
         return None
+    phase = _last(events, "phase", "phase")
     doing = {"data": "preparing the dataset", "model": "loading the model"}.get(phase or "", "starting")
     for event in reversed(events):
         if event["event"] == "phase":

@@ -69,6 +69,8 @@ def parse(text: str) -> Document:
             loader.dispose()
     except yaml.YAMLError as error:
         line, message = _syntax_error(error, text)
+        if "nesting depth" in message:  # libyaml's scanner has a limit of its own, far beyond ours
+            message = _TOO_DEEP
         document.problems.append((line, Problem("", message)))
         return document
     if root is not None:

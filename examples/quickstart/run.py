@@ -1,6 +1,7 @@
 """Teach a small model a task that it cannot do, and show it before and after. `make demo` runs this.
 
-    python examples/quickstart/run.py
+    python examples/quickstart/run.py              # trains on this machine
+    python examples/quickstart/run.py --cluster    # on the cluster of your kubeconfig; more --set go to `oslo submit`
 
 Everything here is what you would do by hand: get a model, write a data set, `oslo submit`, use the adapter.
 Exits with 1 when fewer than 90 % of the held-out answers are right afterwards.
@@ -10,6 +11,7 @@ Exits with 1 when fewer than 90 % of the held-out answers are right afterwards.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -56,6 +58,7 @@ class Answers:
 
 
 def main() -> int:
+    options = parse_arguments()
     clock = Clock()
     print("A model of 135 million parameters learns to turn a sentence about an order into one line of JSON.")
     clock.heading("The model: SmolLM2-135M-Instruct")
@@ -80,20 +83,27 @@ def main() -> int:
     print(f"{score(before, heldout)} answers are right")
 
     clock.heading("Training")
-    settings = [f"training.bf16={'true' if dtype == torch.bfloat16 else 'false'}"]
+    settings = [f"training.bf16={'true' if dtype == torch.bfloat16 else 'false'}", *options.sets]
     if cache_folder() != DEFAULT_CACHE.expanduser():  # which is what sft.yaml names
         settings.append(f"opensloth.fast_model_args.model_name={model_folder}")
-    handle = submit(settings)
-    run = status_of(handle)
+    handle = submit(settings, options.cluster)
+    adapter = pull(handle) if options.cluster else Path(status_of(handle)["final"])
 
     clock.heading("After: the same orders, answered with the adapter by plain transformers and peft")
-    after = respond(model_folder, Path(run["final"]), heldout, dtype)
+    after = respond(model_folder, adapter, heldout, dtype)
     answers = Answers(heldout, before, after)
     print(f"{score(after, heldout)} answers are right")
 
     clock.heading("The result")
-    report(answers, run, clock)
+    report(answers, handle, adapter, training_speed(events_of(handle)), clock)
     return 0 if answers.good() else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Teach a small model a task, and show it before and after.")
+    parser.add_argument("--cluster", action="store_true", help="train on the cluster of your kubeconfig")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="as `oslo submit` takes it")
+    return parser.parse_args()
 
 
 def count_right(answers: Sequence[str], cases: Sequence[Case]) -> int:
@@ -105,12 +115,12 @@ def score(answers: Sequence[str], cases: Sequence[Case]) -> str:
     return f"{count_right(answers, cases)} of {len(cases)}"
 
 
-def submit(settings: Sequence[str]) -> str:
+def submit(settings: Sequence[str], cluster: bool) -> str:
     """Run `oslo submit` as a person would, its output shown; returns the run's handle, its last line.
 
     Raises SystemExit with the command's own exit code when the training fails.
     """
-    arguments = ["submit", relative(CONFIG), "--local", "--follow", "-y"]
+    arguments = ["submit", relative(CONFIG), *([] if cluster else ["--local"]), "--follow", "-y"]
     for setting in settings:
         arguments += ["--set", setting]
     print(f"$ {oslo_command()} {' '.join(arguments)}", flush=True)
@@ -127,6 +137,14 @@ def submit(settings: Sequence[str]) -> str:
     return handle
 
 
+def pull(handle: str) -> Path:
+    """Copy the result from the cluster; returns its folder, the last line of what `oslo pull` prints."""
+    folder = DATA / handle.rpartition("/")[2]
+    print(f"$ {oslo_command()} pull {handle} {relative(folder)}", flush=True)
+    subprocess.run([OSLO, "pull", handle, folder], stdout=subprocess.DEVNULL, check=True)
+    return folder
+
+
 def status_of(handle: str) -> dict[str, Any]:
     """What `oslo status` knows of a run."""
     answer = subprocess.run([OSLO, "status", handle, "-o", "json"], stdout=subprocess.PIPE, check=True)
@@ -134,7 +152,7 @@ def status_of(handle: str) -> dict[str, Any]:
     return status
 
 
-def report(answers: Answers, run: dict[str, Any], clock: Clock) -> None:
+def report(answers: Answers, handle: str, adapter: Path, speed: str, clock: Clock) -> None:
     """Print samples, scores, speed, where the adapter lies, and how to look further."""
     # Quantities in words first: they tell more than a copied figure.
     order = sorted(range(len(answers.cases)), key=lambda i: any(map(str.isdigit, answers.cases[i].sentence)))
@@ -145,20 +163,25 @@ def report(answers: Answers, run: dict[str, Any], clock: Clock) -> None:
         print(f"after      {on_one_line(answers.after[i])}\n")
     before, after = score(answers.before, answers.cases), score(answers.after, answers.cases)
     print(f"exact      {before} before training, {after} after")
-    print(f"training   {training_speed(Path(run['folder']))}")
-    print(f"adapter    {run['final']}")
+    print(f"training   {speed}")
+    print(f"adapter    {adapter}")
     print(f"in all     {clock.seconds():.0f} s\n")
     if not answers.good():
         print(f"Fewer than {ENOUGH:.0%} are right after training: that is not what this example is made to show.\n")
     print("Look further:")
-    print(f"  {oslo_command()} status {run['handle']}")
-    print(f"  {oslo_command()} logs {run['handle']}")
+    print(f"  {oslo_command()} status {handle}")
+    print(f"  {oslo_command()} logs {handle}")
     print(f"  {oslo_command()} data preview {relative(CONFIG)}")
 
 
-def training_speed(run: Path) -> str:
-    """Steps, tokens and time of a run's last attempt, from its events."""
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+def events_of(handle: str) -> list[dict[str, Any]]:
+    """The events in a run's log."""
+    log = subprocess.run([OSLO, "logs", handle, "-o", "json"], stdout=subprocess.PIPE, check=True)
+    return [event for line in log.stdout.splitlines() if (event := json.loads(line)["event"])]
+
+
+def training_speed(events: Sequence[dict[str, Any]]) -> str:
+    """Steps, tokens and time of a run's last attempt."""
     result = next(event for event in reversed(events) if event["event"] == "result")
     steps = [event for event in events if event["event"] == "step" and event["attempt"] == result["attempt"]]
     tokens, seconds = sum(event["tokens"] for event in steps), result["seconds"]

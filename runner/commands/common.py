@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
 from opensloth import contract
-from runner.backend import LOCAL_SCHEME, Backend
-from runner.errors import NotFoundError, UsageError
-from runner.identity import name_of
+from runner.backend import Backend
+from runner.defaults import read_job_defaults
+from runner.kube.access import Access
 
 DEFAULTS_ENV: Final = "OSLO_DEFAULTS"
 DEFAULTS_FILE: Final = "~/.config/oslo/defaults.yaml"
-CLUSTER_SCHEME: Final = "kubernetes://"
+_META: Final = "oslo.cluster."
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -28,12 +27,13 @@ class Settings:
     """What commands take from outside.
 
     root: the root folder, absolute; defaults: the defaults file, None when there is none;
-    launcher: the command that local runs are started with, None: opensloth's.
+    launcher: the command that local runs are started with, None: opensloth's; access: what the flags say of a cluster.
     """
 
     root: Path
     defaults: Path | None
     launcher: Sequence[str] | None = None
+    access: Access = field(default_factory=Access)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
@@ -45,16 +45,53 @@ class Settings:
         return cls(root, usual if usual.exists() else None)
 
     @property
-    def backend(self) -> Backend:
+    def local(self) -> Backend:
         from runner.local import DEFAULT_LAUNCHER, LocalBackend  # 25 ms that `render` need not pay
 
         return LocalBackend(self.root, self.launcher or DEFAULT_LAUNCHER)
 
+    @property
+    def job_defaults(self) -> Mapping[str, Any]:
+        """The `job` section of the defaults file; what is wrong with it, a submit says."""
+        return {} if self.defaults is None else read_job_defaults(self.defaults)
+
+    @property
+    def effective_access(self) -> Access:
+        """How commands that have no config file reach the cluster: by the flags, then by the defaults file."""
+        return self.access_for(self.job_defaults.get("context"), self.job_defaults.get("namespace"))
+
+    def access_for(self, context: str | None, namespace: str | None) -> Access:
+        """The flags beat what a file says."""
+        flags = self.access
+        return Access(flags.kubeconfig, flags.context or context, flags.namespace or namespace)
+
 
 def settings() -> Settings:
     """The settings of the command that runs."""
-    given = click.get_current_context().find_object(Settings)
-    return given if given is not None else Settings.from_environ(os.environ)
+    context = click.get_current_context()
+    given = context.find_object(Settings)
+    found = given if given is not None else Settings.from_environ(os.environ)
+    flags = Access(*(context.meta.get(f"{_META}{flag}") for flag in ("kubeconfig", "context", "namespace")))
+    return replace(found, access=flags)
+
+
+def cluster_options(command: Command) -> Command:
+    """`-n`, `--context`, `--kubeconfig`, as kubectl has them; they go into the settings."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        context.meta[f"{_META}{parameter.name}"] = value
+
+    for names, metavar, text in (
+        (
+            ["--kubeconfig"],
+            "FILE",
+            "Default: $KUBECONFIG, ~/.kube/config, or a pod's own credentials.",
+        ),
+        (["--context"], "NAME", "Context of the kubeconfig."),
+        (["-n", "--namespace"], "NAME", "Namespace of the cluster. Default: the file's, then the context's."),
+    ):
+        command = click.option(*names, metavar=metavar, callback=keep, expose_value=False, help=text)(command)
+    return command
 
 
 def json_option(command: Command) -> Command:
@@ -94,7 +131,7 @@ def job_argument(command: Command) -> Command:
 
 
 def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    runs = Settings.from_environ(os.environ).backend.runs()
+    runs = Settings.from_environ(os.environ).local.runs()
     return sorted(run for run in runs if run.startswith(incomplete))
 
 
@@ -107,31 +144,3 @@ def confirm(question: str, yes: bool) -> None:
 def is_interactive() -> bool:
     """Whether there is somebody who could answer."""
     return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def find_run(backend: Backend, job: str) -> str:
-    """The run that JOB means: a handle, an id, or a name, whose latest run it is.
-
-    Raises NotFoundError with the nearest names.
-    """
-    if job.startswith(CLUSTER_SCHEME):
-        raise UsageError("jobs on a cluster are not in this version", "handles begin with local://")
-    wanted = job.removeprefix(LOCAL_SCHEME)
-    runs = backend.runs()
-    if wanted in runs:
-        return wanted
-    of_name = [run for run in runs if name_of(run) == wanted] if not job.startswith(LOCAL_SCHEME) else []
-    if of_name:
-        return max(of_name, key=lambda run: (_started(backend, run), run))
-    names = sorted({*runs, *map(name_of, runs)})
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "oslo list shows all runs"
-    raise NotFoundError(f"there is no run {job}", hint)
-
-
-def _started(backend: Backend, run: str) -> float:
-    """When it started: one that is just starting is the latest, one that was deleted meanwhile the first."""
-    try:
-        return backend.get(run).started or float("inf")
-    except NotFoundError:
-        return 0.0

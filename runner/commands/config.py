@@ -75,7 +75,7 @@ def _plan(file: Path, sets: tuple[str, ...], cluster: bool) -> Plan:
         data = build_data(run_config.dump(loaded.run), output.event_sayer())
     else:
         output.say(f"rows and steps are counted with the training packages: {INSTALL_TRAIN_EXTRA}")
-    run = choose_run(loaded, now.backend.runs(), fresh=False)
+    run = choose_run(loaded, now.local.runs(), fresh=False)
     try:
         return build_plan(run, loaded.run, loaded.job if cluster else None, data, loaded.origins)
     except ConfigError as error:

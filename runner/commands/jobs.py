@@ -14,12 +14,12 @@ from opensloth.run_config import RunConfig
 from runner import compare, output
 from runner.backend import Backend, RunStatus, State
 from runner.commands import watching
-from runner.commands.common import confirm, find_run, job_argument, json_option, settings, yes_option
+from runner.commands.common import cluster_options, confirm, job_argument, json_option, settings, yes_option
+from runner.commands.locate import cluster_backend, locate
 from runner.commands.logs import seconds
-from runner.errors import NotFoundError, WaitTimeoutError
+from runner.errors import ClusterError, NotFoundError, WaitTimeoutError
 from runner.identity import name_of
 
-_POLL_SECONDS = 0.2
 _WATCH_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 30.0
 """A pipeline that hears nothing for long kills its job."""
@@ -27,12 +27,12 @@ _HEARTBEAT_SECONDS = 30.0
 
 @click.command()
 @job_argument
+@cluster_options
 @click.option("-w", "--watch", is_flag=True, help="Show it again and again until the run is over.")
 @json_option
 def status(job: str, watch: bool, as_json: bool) -> None:
     """Show where a run stands."""
-    backend = settings().backend
-    run = find_run(backend, job)
+    backend, run = locate(job, past=True)
     last = _watch(backend, run, as_json) if watch else backend.get(run)
     if not watch and as_json:
         output.show_json(last.to_json())
@@ -44,16 +44,15 @@ def status(job: str, watch: bool, as_json: bool) -> None:
 
 @click.command(name="list")
 @click.option("--name", help="Only runs of this name, with what differs between them and their final loss.")
+@cluster_options
 @json_option
 def list_(name: str | None, as_json: bool) -> None:
     """List the runs, newest first."""
-    backend = settings().backend
-    statuses = backend.list_runs()
-    if name is not None:
-        statuses = [one for one in statuses if name_of(one.run) == name]
+    found = sorted(_everywhere(), key=lambda pair: (pair[1].started or float("inf"), pair[1].run), reverse=True)
+    statuses = [status for _, status in found if name in (None, name_of(status.run))]
     differing: dict[str, dict[str, Any]] = {}
     if name is not None:
-        configs = _configs(backend, statuses)
+        configs = _configs([pair for pair in found if pair[1] in statuses])
         statuses = [one for one in statuses if one.run in configs]
         differing = compare.differences(configs)
     if as_json:
@@ -68,6 +67,7 @@ def list_(name: str | None, as_json: bool) -> None:
 
 @click.command()
 @job_argument
+@cluster_options
 @click.option(
     "--timeout",
     metavar="DURATION",
@@ -77,8 +77,7 @@ def list_(name: str | None, as_json: bool) -> None:
 @json_option
 def wait(job: str, timeout: int | None, as_json: bool) -> None:
     """Wait until a run is over; the exit code says how it ended."""
-    backend = settings().backend
-    run = find_run(backend, job)
+    backend, run = locate(job)
     last = _wait(backend, run, timeout)
     if as_json:
         output.show_json(last.to_json())
@@ -87,12 +86,12 @@ def wait(job: str, timeout: int | None, as_json: bool) -> None:
 
 @click.command()
 @job_argument
+@cluster_options
 @click.option("--force", is_flag=True, help="Kill it at once: what came after the last checkpoint is lost.")
 @json_option
 def cancel(job: str, force: bool, as_json: bool) -> None:
     """Save a checkpoint and stop; the run can be resumed."""
-    backend = settings().backend
-    run = find_run(backend, job)
+    backend, run = locate(job)
     backend.cancel(run, force=force)
     last = _wait(backend, run, None)
     output.say(f"{last.handle} is {last.state}\n  {watching.next_step(last)}")
@@ -102,12 +101,12 @@ def cancel(job: str, force: bool, as_json: bool) -> None:
 
 @click.command()
 @job_argument
+@cluster_options
 @click.option("--follow", is_flag=True, help="Show the log until the run is over; the exit code says how it ended.")
 @json_option
 def resume(job: str, follow: bool, as_json: bool) -> None:
     """Go on from the last checkpoint."""
-    backend = settings().backend
-    run = find_run(backend, job)
+    backend, run = locate(job)
     backend.resume(run)
     status = backend.get(run)
     output.say(f"{status.handle} goes on as attempt {status.attempt}")
@@ -122,25 +121,44 @@ def resume(job: str, follow: bool, as_json: bool) -> None:
 
 @click.command()
 @job_argument
+@cluster_options
+@click.option("--files", is_flag=True, help="On a cluster: its files on the volume too. Here they go anyway.")
 @yes_option
 @json_option
-def delete(job: str, yes: bool, as_json: bool) -> None:
-    """Delete a run and all its files."""
-    backend = settings().backend
-    run = find_run(backend, job)
+def delete(job: str, files: bool, yes: bool, as_json: bool) -> None:
+    """Delete a run; on a cluster its files stay unless you say --files."""
+    backend, run = locate(job, past=files)
     status = backend.get(run)
-    confirm(f"Delete {status.handle} ({status.state}) with its checkpoints and result?", yes)
-    backend.delete(run)
+    keeps = backend.keeps_files and not files
+    what = "its files stay on the volume" if keeps else "with its checkpoints and result"
+    confirm(f"Delete {status.handle} ({status.state}), {what}?", yes)
+    backend.delete(run, files=files)
     if as_json:
         output.show_json({"run": run, "deleted": True})
     else:
-        output.say(f"{status.handle} deleted")
+        left = f"; {status.folder} stays on the volume\n  oslo logs {run}   still reads it" if keeps else ""
+        output.say(f"{status.handle} deleted{left}")
 
 
-def _configs(backend: Backend, statuses: Sequence[RunStatus]) -> dict[str, RunConfig]:
+def _everywhere() -> list[tuple[Backend, RunStatus]]:
+    """The runs here and on the cluster, if there is one; one that does not answer does not hide what is here."""
+    now = settings()
+    found = [(now.local, status) for status in now.local.list_runs()]
+    access = now.effective_access
+    if not access.is_configured:
+        return found
+    try:
+        backend = cluster_backend(access)
+        return found + [(backend, status) for status in backend.list_runs()]
+    except ClusterError as error:
+        output.say(f"warning: runs on the cluster are not shown: {error}")
+        return found
+
+
+def _configs(found: Sequence[tuple[Backend, RunStatus]]) -> dict[str, RunConfig]:
     """By run; without those that were deleted meanwhile."""
     configs = {}
-    for status in statuses:
+    for backend, status in found:
         with suppress(NotFoundError):
             configs[status.run] = backend.config(status.run)
     return configs
@@ -151,7 +169,7 @@ def _watch(backend: Backend, run: str, as_json: bool) -> RunStatus:
     handle = backend.get(run).handle
     in_place = sys.stdout.isatty() and not as_json
     with watching.may_be_interrupted(handle):
-        for status in _changes(backend, run, handle, _WATCH_SECONDS):
+        for status in _changes(backend, run, handle, max(_WATCH_SECONDS, backend.poll_seconds)):
             if as_json:
                 output.show_json_line(status.to_json())
             elif in_place:
@@ -190,6 +208,6 @@ def _wait(backend: Backend, run: str, timeout: float | None) -> RunStatus:
             if end is not None and time.monotonic() >= end:
                 message = f"{status.handle} is still {status.state} after {timeout:.0f} s"
                 raise WaitTimeoutError(message, f"it goes on: oslo logs -f {status.handle}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(backend.poll_seconds)
             status = watching.still_there(backend, run, status.handle)
     return status

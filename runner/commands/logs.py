@@ -10,7 +10,8 @@ import click
 from runner import output
 from runner.backend import LogLine, LogQuery
 from runner.commands import watching
-from runner.commands.common import find_run, job_argument, json_option, settings
+from runner.commands.common import cluster_options, job_argument, json_option
+from runner.commands.locate import locate
 from runner.quantities import parse_duration
 
 
@@ -31,6 +32,7 @@ def _pattern(ctx: click.Context, param: click.Parameter, value: str | None) -> r
 
 @click.command()
 @job_argument
+@cluster_options
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run is over; the exit code says how it ended.")
 @click.option("--rank", type=click.IntRange(min=0), help="Only this rank.")
 @click.option("--tail", type=click.IntRange(min=0), help="Only the last so many lines of each rank.")
@@ -49,8 +51,7 @@ def logs(
     as_json: bool,
 ) -> None:
     """Show the log of a run, all ranks."""
-    backend = settings().backend
-    run = find_run(backend, job)
+    backend, run = locate(job, past=True)
     query = LogQuery(attempt, rank, tail, None if since is None else time.time() - since, grep)
 
     def show(line: LogLine) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from runner import output
-from runner.backend import Backend, LogLine, LogQuery, RunStatus, State
+from runner.backend import CLUSTER_SCHEME, Backend, LogLine, LogQuery, RunStatus, State, Waiting
 from runner.errors import Interrupted, JobCancelledError, JobFailedError, NotFoundError
 
 
@@ -41,16 +41,14 @@ def follow(backend: Backend, run: str, query: LogQuery, show: Callable[[LogLine]
 
     Raises Interrupted, or JobCancelledError when the run is deleted meanwhile.
     """
-    status = backend.get(run)
-    said = None
-    with may_be_interrupted(status.handle):
-        for line in backend.follow(run, query):
-            if line is not None:
-                show(line)
-                said = None if line.event is None else said
-            elif said is None:
-                said = _say_what_it_waits_for(backend, run)
-    return still_there(backend, run, status.handle)
+    handle = backend.handle(run)
+    with may_be_interrupted(handle):
+        for item in backend.follow(run, query):
+            if isinstance(item, Waiting):
+                output.say(f"... {item.reason}")
+            else:
+                show(item)
+    return still_there(backend, run, handle)
 
 
 def follow_and_report(backend: Backend, run: str, as_json: bool) -> None:
@@ -89,7 +87,9 @@ def report_end(status: RunStatus) -> None:
     if status.state is State.CANCELLED:
         raise JobCancelledError(f"{status.handle} was cancelled", next_step(status))
     output.say(f"succeeded: {status.final or status.folder}")
-    if status.final:
+    if status.handle.startswith(CLUSTER_SCHEME):
+        output.say(f"  oslo pull {status.handle}   copies the result here, and says how to use it")
+    elif status.final:
         output.say("\n" + usage(Path(status.final)))
 
 
@@ -121,14 +121,3 @@ def usage(final: Path) -> str:
             f'  tokenizer = AutoTokenizer.from_pretrained("{final}")',
         ]
     )
-
-
-def _say_what_it_waits_for(backend: Backend, run: str) -> str | None:
-    try:
-        status = backend.get(run)
-    except NotFoundError:
-        return None
-    reason = None if status.state.is_over else status.reason
-    if reason:
-        output.say(f"... {reason}")
-    return reason or ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def test_a_refused_config_ends_the_script_with_the_commands_own_code(
     quickstart: Path, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as ended:
-        run.submit(["training.learning_rate=-1"])
+        run.submit(["training.learning_rate=-1"], cluster=False)
     shown = capsys.readouterr().out
     assert ended.value.code == 2
     assert shown.startswith("$ ")
@@ -55,7 +54,7 @@ def test_nine_of_ten_are_good_enough(right: int, good: bool):
     assert run.Answers([CASE] * 10, [""] * 10, after).good() is good
 
 
-def test_the_speed_is_that_of_the_last_attempt(tmp_path: Path):
+def test_the_speed_is_that_of_the_last_attempt():
     events = [
         {"event": "step", "attempt": 1, "tokens": 1000},
         {"event": "end", "attempt": 1},
@@ -64,8 +63,7 @@ def test_the_speed_is_that_of_the_last_attempt(tmp_path: Path):
         {"event": "result", "attempt": 2, "steps": 60, "seconds": 8.0},
         {"event": "end", "attempt": 2},
     ]
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert run.training_speed(tmp_path) == "60 steps, 400 tokens in 8 s: 50 tokens/s"
+    assert run.training_speed(events) == "60 steps, 400 tokens in 8 s: 50 tokens/s"
 
 
 def test_a_long_answer_is_cut_to_one_line():
@@ -78,16 +76,12 @@ def test_a_long_answer_is_cut_to_one_line():
 def test_the_report_shows_samples_scores_speed_and_what_to_do_next(
     quickstart: Path, capsys: pytest.CaptureFixture[str]
 ):
-    events = [{"event": "step", "attempt": 1, "tokens": 30}]
-    events += [{"event": "result", "attempt": 1, "steps": 1, "seconds": 2.0}]
-    (quickstart / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    status = {"folder": str(quickstart), "final": str(quickstart / "final"), "handle": "local://quickstart-0"}
     answers = run.Answers([CASE] * 4, ["no"] * 4, [CASE.order.to_json()] * 4)
-    run.report(answers, status, run.Clock())
+    run.report(answers, "local://quickstart-0", quickstart / "final", "1 steps in 2 s", run.Clock())
     shown = capsys.readouterr().out
     assert shown.count(f"sentence   {CASE.sentence}\n") == run.SHOWN
     assert "exact      0 of 4 before training, 4 of 4 after\n" in shown
-    assert "1 steps, 30 tokens in 2 s: 15 tokens/s\n" in shown
+    assert "training   1 steps in 2 s\n" in shown
     assert f"adapter    {quickstart / 'final'}\n" in shown
     assert "status local://quickstart-0\n" in shown
     assert "Fewer than" not in shown

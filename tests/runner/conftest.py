@@ -26,6 +26,13 @@ def root(tmp_path: Path) -> Iterator[Path]:
             backend.cancel(status.run, force=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine knows of a cluster is not for these tests."""
+    monkeypatch.setenv("KUBECONFIG", "/nonexistent")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+
 @pytest.fixture
 def oslo(root: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """oslo("status", "sft", steps=3): run a command; keywords are the stand-in's options."""

@@ -120,18 +120,22 @@ def test_a_run_that_is_not_there(oslo: Oslo, sft: Path, command: str) -> None:
     assert answer.err == "error: there is no run stf\n  did you mean sft?\n"
 
 
-def test_a_handle_of_a_cluster(oslo: Oslo) -> None:
+def test_a_handle_of_a_cluster_where_none_is_configured(oslo: Oslo) -> None:
     answer = oslo("status", "kubernetes://team/sft-12345678")
-    assert answer.code == 2
-    assert "jobs on a cluster are not in this version" in answer.err
+    assert (answer.code, answer.out) == (1, "")
+    assert "error: no cluster is configured: there is no /nonexistent" in answer.err
+    assert oslo("status", "kubernetes://team").code == 2
 
 
 def test_submit_without_local(oslo: Oslo, sft: Path) -> None:
     answer = oslo("submit", sft)
     assert (answer.code, answer.out) == (2, "")
-    assert "submitting to a cluster is not in this version" in answer.err
+    assert "job.image: missing" in answer.err
+    assert "job.volume: missing" in answer.err
+    answer = oslo("submit", sft, "--set", "job.image=i:1", "--set", "job.volume=v")
+    assert (answer.code, answer.out) == (1, "")
+    assert "no cluster is configured" in answer.err
     assert "--local" in answer.err
-    assert "oslo render" in answer.err
 
 
 def test_wait_tells_how_it_ended(oslo: Oslo, sft: Path) -> None:

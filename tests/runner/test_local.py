@@ -20,7 +20,7 @@ from opensloth.events import Events
 from opensloth.files import read_json, write_json
 from opensloth.process import identify_self
 from opensloth.run_config import check, dump
-from runner.backend import LogQuery, Outcome, RunStatus, State
+from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission
 from runner.errors import BusyError, LaunchError, NotFoundError, RunnerError
 from runner.local import LocalBackend
 from runner.process import descendants, is_alive
@@ -29,11 +29,11 @@ from runner.run_folder import RunFolder
 RUN = "sft-12345678"
 
 
-def config_text() -> str:
+def submission() -> Submission:
     values = {"name": "sft", "opensloth": {"fast_model_args": {"model_name": "m"}}, "dataset": {"path": "x/y"}}
     config, _ = check(values)
     assert config is not None
-    return dump(config)
+    return Submission(dump(config))
 
 
 def backend(root: Path, **options: Any) -> LocalBackend:
@@ -58,50 +58,50 @@ def over(local: LocalBackend, run: str = RUN) -> RunStatus:
 
 def test_a_run_from_start_to_end(root: Path) -> None:
     local = backend(root, steps=3)
-    assert local.submit(RUN, config_text()) is Outcome.STARTED
+    assert local.submit(RUN, submission()) is Outcome.STARTED
     status = over(local)
     assert (status.state, status.step, status.total_steps, status.exit_code) == (State.SUCCEEDED, 3, 3, 0)
     assert status.final == str(root / "runs" / RUN / "final")
-    assert (root / "runs" / RUN / "config.yaml").read_text() == config_text()
+    assert (root / "runs" / RUN / "config.yaml").read_text() == submission().config_text
     assert not (root / "runs" / RUN / "submit.lock").exists()
 
 
 def test_submit_returns_when_the_attempt_has_started(root: Path) -> None:
     local = backend(root, start_seconds=0.3, prepare_seconds=30)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     assert local.get(RUN).state is State.PREPARING
 
 
 def test_a_launcher_that_ends_before_it_started_is_quoted(root: Path) -> None:
     local = backend(root, refuse=True)
     with pytest.raises(LaunchError, match="exit code 1 before it had started:\nno room on the device"):
-        local.submit(RUN, config_text())
+        local.submit(RUN, submission())
     status = local.get(RUN)
     assert (status.state, status.attempt) == (State.FAILED, 0)
     assert "no room on the device" in str(status.reason)
     assert [line.text for line in local.logs(RUN, LogQuery())] == ["no room on the device"]
-    assert backend(root, steps=1).submit(RUN, config_text()) is Outcome.STARTED
+    assert backend(root, steps=1).submit(RUN, submission()) is Outcome.STARTED
     assert over(local).state is State.SUCCEEDED
 
 
 def test_submitting_again(root: Path) -> None:
     slow = backend(root, steps=1, step_seconds=30)
-    assert slow.submit(RUN, config_text()) is Outcome.STARTED
-    assert slow.submit(RUN, config_text()) is Outcome.ATTACHED
+    assert slow.submit(RUN, submission()) is Outcome.STARTED
+    assert slow.submit(RUN, submission()) is Outcome.ATTACHED
     slow.cancel(RUN, force=False)
     assert over(slow).state is State.CANCELLED
-    assert backend(root, steps=1).submit(RUN, config_text()) is Outcome.RESUMED
+    assert backend(root, steps=1).submit(RUN, submission()) is Outcome.RESUMED
     assert over(slow).state is State.SUCCEEDED
-    assert slow.submit(RUN, config_text()) is Outcome.ALREADY_SUCCEEDED
+    assert slow.submit(RUN, submission()) is Outcome.ALREADY_SUCCEEDED
     assert slow.get(RUN).attempt == 2
 
 
 def test_a_failed_run_goes_on_where_it_failed(root: Path) -> None:
     local = backend(root, steps=4, fail_at={"2": "row 3 has no messages"})
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     status = over(local)
     assert (status.state, status.cause, status.reason) == (State.FAILED, "data", "row 3 has no messages")
-    assert local.submit(RUN, config_text()) is Outcome.RESUMED
+    assert local.submit(RUN, submission()) is Outcome.RESUMED
     until(lambda: local.get(RUN).attempt == 2)
     assert over(local).state is State.SUCCEEDED
     steps = [line.event["step"] for line in local.logs(RUN, LogQuery(rank=0)) if line.event and "step" in line.event]
@@ -110,18 +110,18 @@ def test_a_failed_run_goes_on_where_it_failed(root: Path) -> None:
 
 def test_kill_9_is_reported_as_such(root: Path) -> None:
     local = backend(root, steps=1, step_seconds=30)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     pid = read_json(root / "runs" / RUN / "attempts" / "1" / "started.json")["pid"]
     os.kill(pid, signal.SIGKILL)
     status = over(local)
     assert (status.state, status.cause) == (State.FAILED, "killed")
     assert status.reason == f"the launcher (process {pid}) was killed: it is gone and left no word"
-    assert local.submit(RUN, config_text()) is Outcome.RESUMED
+    assert local.submit(RUN, submission()) is Outcome.RESUMED
 
 
 def test_a_launcher_that_breaks_off_is_quoted(root: Path) -> None:
     local = backend(root, steps=3, crash_at=2)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     status = over(local)
     assert (status.state, status.cause) == (State.FAILED, "error")
     assert status.reason == "the launcher broke off: ZeroDivisionError: division by zero"
@@ -131,7 +131,7 @@ def test_a_launcher_that_breaks_off_is_quoted(root: Path) -> None:
 def test_a_process_with_the_same_number_is_not_mistaken_for_the_launcher(root: Path, change: dict[str, Any]) -> None:
     attempt = root / "runs" / RUN / "attempts" / "1"
     attempt.mkdir(parents=True)
-    (root / "runs" / RUN / "config.yaml").write_text(config_text())
+    (root / "runs" / RUN / "config.yaml").write_text(submission().config_text)
     write_json(attempt / "started.json", identify_self())
     assert LocalBackend(root).get(RUN).state is State.PREPARING
     write_json(attempt / "started.json", identify_self() | change)
@@ -141,7 +141,7 @@ def test_a_process_with_the_same_number_is_not_mistaken_for_the_launcher(root: P
 def test_a_launcher_on_another_host_cannot_be_asked_and_counts_as_alive(root: Path) -> None:
     attempt = root / "runs" / RUN / "attempts" / "1"
     attempt.mkdir(parents=True)
-    (root / "runs" / RUN / "config.yaml").write_text(config_text())
+    (root / "runs" / RUN / "config.yaml").write_text(submission().config_text)
     write_json(attempt / "started.json", identify_self() | {"host": "elsewhere", "pid": 2**22 + 1, "boot_id": "b"})
     assert LocalBackend(root).get(RUN).state is State.PREPARING
     write_json(attempt / "ended.json", {"cause": "succeeded", "exit_code": 0, "time": 1.0})
@@ -150,9 +150,10 @@ def test_a_launcher_on_another_host_cannot_be_asked_and_counts_as_alive(root: Pa
 def test_a_closed_terminal_does_not_end_a_job(root: Path) -> None:
     """A session leader with a terminal of its own submits; then the terminal hangs up and the leader is killed."""
     script = (
-        "import sys; from pathlib import Path; from runner.local import LocalBackend\n"
+        "import sys; from pathlib import Path\n"
+        "from runner.backend import Submission; from runner.local import LocalBackend\n"
         f"LocalBackend(Path({str(root)!r}), {tuple(launcher_command(steps=1, step_seconds=1))!r})"
-        f".submit({RUN!r}, {config_text()!r})\n"
+        f".submit({RUN!r}, Submission({submission().config_text!r}))\n"
         "print('submitted', flush=True); sys.stdin.read()"
     )
     leader, follower = os.openpty()
@@ -177,7 +178,7 @@ def test_several_runs_side_by_side(root: Path) -> None:
     local = backend(root, steps=2, step_seconds=0.5)
     runs = [f"sft-0000000{n}" for n in range(4)]
     for run in runs:
-        local.submit(run, config_text())
+        local.submit(run, submission())
     assert {status.state for status in local.list_runs()} <= {State.PREPARING, State.RUNNING}
     assert [status.run for status in local.list_runs()] == runs[::-1]
     assert {over(local, run).state for run in runs} == {State.SUCCEEDED}
@@ -186,7 +187,7 @@ def test_several_runs_side_by_side(root: Path) -> None:
 def test_two_submits_at_once_start_one_launcher(root: Path) -> None:
     local = backend(root, start_seconds=0.1, steps=1, step_seconds=30)
     outcomes: list[Outcome] = []
-    threads = [threading.Thread(target=lambda: outcomes.append(local.submit(RUN, config_text()))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: outcomes.append(local.submit(RUN, submission()))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -200,7 +201,7 @@ def test_a_lock_of_a_dead_submitter_is_taken_over(root: Path) -> None:
     folder = root / "runs" / RUN
     folder.mkdir(parents=True)
     write_json(folder / "submit.lock", identify_self() | {"pid_started": 1, "token": "t"})
-    assert local.submit(RUN, config_text()) is Outcome.STARTED
+    assert local.submit(RUN, submission()) is Outcome.STARTED
     assert over(local).state is State.SUCCEEDED
 
 
@@ -209,9 +210,9 @@ def test_a_lock_of_a_living_submitter_is_waited_for(root: Path) -> None:
     folder = root / "runs" / RUN
     folder.mkdir(parents=True)
     write_json(folder / "submit.lock", identify_self() | {"token": "t"})
-    (folder / "config.yaml").write_text(config_text())
+    (folder / "config.yaml").write_text(submission().config_text)
     assert local.get(RUN).state is State.PENDING
-    thread = threading.Thread(target=local.submit, args=(RUN, config_text()))
+    thread = threading.Thread(target=local.submit, args=(RUN, submission()))
     thread.start()
     time.sleep(0.3)
     assert local.get(RUN).attempt == 0
@@ -222,7 +223,7 @@ def test_a_lock_of_a_living_submitter_is_waited_for(root: Path) -> None:
 
 def test_cancel_asks_and_keeps_the_record(root: Path) -> None:
     local = backend(root, steps=3, step_seconds=0.2)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     until(lambda: (local.get(RUN).step or 0) >= 1)
     local.cancel(RUN, force=False)
     status = over(local)
@@ -239,7 +240,7 @@ def test_cancel_asks_and_keeps_the_record(root: Path) -> None:
 def test_force_kills_who_does_not_listen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.local._KILL_AFTER_SECONDS", 0.2)
     local = backend(root, steps=1, step_seconds=30, ignore_stop=True, child=True)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     until(lambda: (root / "runs" / RUN / "child.pid").exists())
     child = int((root / "runs" / RUN / "child.pid").read_text())
     local.cancel(RUN, force=False)
@@ -253,14 +254,14 @@ def test_force_kills_who_does_not_listen(root: Path, monkeypatch: pytest.MonkeyP
 
 def test_delete_refuses_while_it_runs(root: Path) -> None:
     local = backend(root, steps=1, step_seconds=30)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     with pytest.raises(BusyError, match=r"is (preparing|running)"):
-        local.delete(RUN)
+        local.delete(RUN, files=True)
     with pytest.raises(BusyError, match=r"is (preparing|running)"):
         local.resume(RUN)
     local.cancel(RUN, force=True)
     over(local)
-    local.delete(RUN)
+    local.delete(RUN, files=True)
     assert local.runs() == []
     assert list((root / "runs").iterdir()) == []
     with pytest.raises(NotFoundError):
@@ -270,7 +271,7 @@ def test_delete_refuses_while_it_runs(root: Path) -> None:
 def test_delete_waits_for_who_is_submitting(root: Path) -> None:
     """Deleting between a submit's look at the status and its start would take the folder from under the launcher."""
     local = backend(root, steps=1)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     over(local)
     folder = root / "runs" / RUN
     write_json(folder / "submit.lock", identify_self() | {"token": "t"})
@@ -286,7 +287,7 @@ def test_delete_waits_for_who_is_submitting(root: Path) -> None:
 def test_submits_and_deletes_at_once(root: Path) -> None:
     """Each submit finds a whole run or makes a new one; each delete finds one, none, or one that runs."""
     local = backend(root, steps=0)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     failures: list[BaseException] = []
 
     def repeat(action: Callable[[], object]) -> None:
@@ -298,7 +299,7 @@ def test_submits_and_deletes_at_once(root: Path) -> None:
             except BaseException as error:
                 failures.append(error)
 
-    actions = [lambda: local.submit(RUN, config_text()), lambda: local.delete(RUN)]
+    actions = [lambda: local.submit(RUN, submission()), lambda: local.delete(RUN, files=True)]
     threads = [threading.Thread(target=repeat, args=(action,)) for action in actions * 2]
     for thread in threads:
         thread.start()
@@ -319,7 +320,7 @@ def test_a_lock_is_released_by_its_owner_only(root: Path) -> None:
 
 def test_a_run_that_is_being_deleted_is_not_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = backend(root, steps=1)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     over(local)
     assert [status.run for status in local.list_runs()] == [RUN]
     monkeypatch.setattr(local, "runs", lambda: [RUN, "sft-00000000"])  # the second was deleted after the look
@@ -360,12 +361,12 @@ def test_the_launcher_does_not_run_in_the_users_folder(
     monkeypatch.chdir(tmp_path)
     local = LocalBackend(root, (sys.executable, "-c", "import opensloth, sys; sys.exit(7)"))
     with pytest.raises(LaunchError, match="exit code 7"):
-        local.submit(RUN, config_text())
+        local.submit(RUN, submission())
 
 
 def test_logs_of_all_ranks(root: Path) -> None:
     local = backend(root, steps=2, ranks=2)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     over(local)
     lines = [(line.rank, line.text) for line in local.logs(RUN, LogQuery())]
     assert lines == [
@@ -388,7 +389,7 @@ def test_logs_of_all_ranks(root: Path) -> None:
 
 def test_a_torn_event_in_a_log_is_left_out_and_a_torn_line_is_shown(root: Path) -> None:
     local = backend(root, steps=1)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     over(local)
     log = root / "runs" / RUN / "attempts" / "1" / "rank-0.log"
     whole = log.read_bytes()
@@ -401,7 +402,7 @@ def test_a_torn_event_in_a_log_is_left_out_and_a_torn_line_is_shown(root: Path) 
 
 def test_a_log_shows_the_same_progress_once(root: Path) -> None:
     local = backend(root, steps=1)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     over(local)
     events = Events(root / "runs" / RUN / contract.EVENTS_FILE, rank=-1, attempt=1)
     for done in (1, 2, 2):
@@ -412,8 +413,8 @@ def test_a_log_shows_the_same_progress_once(root: Path) -> None:
 
 def test_follow_to_the_end_shows_each_line_once(root: Path) -> None:
     local = backend(root, steps=5, step_seconds=0.05, ranks=2)
-    local.submit(RUN, config_text())
-    followed = [line for line in local.follow(RUN, LogQuery()) if line is not None]
+    local.submit(RUN, submission())
+    followed = [line for line in local.follow(RUN, LogQuery()) if isinstance(line, LogLine)]
     at_rest = list(local.logs(RUN, LogQuery()))
     assert sorted((line.rank, line.text) for line in followed) == sorted((line.rank, line.text) for line in at_rest)
     assert [line.text for line in followed if line.rank == 0] == [line.text for line in at_rest if line.rank == 0]
@@ -421,11 +422,11 @@ def test_follow_to_the_end_shows_each_line_once(root: Path) -> None:
 
 def test_follow_goes_on_in_a_new_attempt(root: Path) -> None:
     local = backend(root, steps=4, step_seconds=0.2)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     seen: list[str] = []
     resumed = False
     for line in local.follow(RUN, LogQuery()):
-        if line is not None:
+        if isinstance(line, LogLine):
             seen.append(line.text)
         if not resumed and any(text.startswith("step 1") for text in seen):
             local.cancel(RUN, force=False)
@@ -439,9 +440,9 @@ def test_follow_goes_on_in_a_new_attempt(root: Path) -> None:
 
 def test_follow_ends_when_the_launcher_is_killed(root: Path) -> None:
     local = backend(root, steps=1, step_seconds=30)
-    local.submit(RUN, config_text())
+    local.submit(RUN, submission())
     pid = read_json(root / "runs" / RUN / "attempts" / "1" / "started.json")["pid"]
     for line in local.follow(RUN, LogQuery()):
-        if line is not None:
+        if isinstance(line, LogLine):
             os.kill(pid, signal.SIGKILL)
     assert local.get(RUN).cause == "killed"

@@ -1,0 +1,284 @@
+"""The Kubernetes backend: a run is one PyTorchJob, and the object is all that a submit leaves on the cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from opensloth.run_config import RunConfig, load
+from runner import cluster_logs, cluster_status
+from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
+from runner.cluster_history import ClusterHistory
+from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, Manifest, has_started, is_cancelled, is_over, node_of
+from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError
+from runner.helper import Helper
+from runner.identity import name_of
+from runner.kube.api import EVENTS, JOBS, PODS, Cluster, patiently
+from runner.kube.errors import ConflictError, ForbiddenError, MissingError
+from runner.pod import CONFIG_ANNOTATION
+from runner.spec import OWN_PREFIX
+
+MANAGED: Final = "app.kubernetes.io/managed-by=oslo"
+JOB_NAME_LABEL: Final = "training.kubeflow.org/job-name"
+_TAIL_LINES: Final = 400
+"""Of the master's log: enough to hold its last step and evaluation."""
+_POLL_SECONDS: Final = 2.0
+_GONE_SECONDS: Final = 600.0
+"""How long a deleted job may take: the grace period of its pods, and more."""
+_OUTAGE_SECONDS: Final = 300.0
+"""How long who follows a run waits for an API server that does not answer."""
+_SERVER_FIELDS: Final = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
+_PARALLEL_LOGS: Final = 8
+
+
+class KubernetesBackend:
+    """Runs of one namespace (see backend.Backend)."""
+
+    def __init__(self, cluster: Cluster, say: Callable[[str], None]) -> None:
+        """say: hears what a command waits for."""
+        self.cluster = cluster
+        self._say = say
+
+    @property
+    def poll_seconds(self) -> float:
+        return _POLL_SECONDS
+
+    def handle(self, run: str) -> str:
+        return cluster_status.handle_of(self.cluster.namespace, run)
+
+    def runs(self) -> list[str]:
+        return [job["metadata"]["name"] for job in self.cluster.find(JOBS, MANAGED)]
+
+    def named(self, wanted: str) -> str | None:
+        if name_of(wanted) != wanted and self.find(wanted) is not None:
+            return wanted
+        jobs = self.cluster.find(JOBS, f"{MANAGED},{OWN_PREFIX}name={wanted}") if _is_name(wanted) else []
+        latest = max(
+            jobs, key=lambda job: (job["metadata"]["creationTimestamp"], job["metadata"]["name"]), default=None
+        )
+        return None if latest is None else str(latest["metadata"]["name"])
+
+    def submit(self, run: str, submission: Submission) -> Outcome:
+        manifest = submission.manifest
+        assert manifest is not None
+        outcome = self.standing(run)
+        if outcome is Outcome.STARTED:
+            self._until_gone(run)
+            return self._create(run, manifest)
+        if outcome is Outcome.RESUMED:
+            self._replace(run, manifest)
+        return outcome
+
+    def standing(self, run: str) -> Outcome:
+        """What a submit would come to."""
+        job = self.find(run)
+        if job is None or job["metadata"].get("deletionTimestamp"):
+            return Outcome.STARTED
+        if cluster_status.is_true(job, "Succeeded"):
+            return Outcome.ALREADY_SUCCEEDED
+        return Outcome.RESUMED if is_over(job) or is_cancelled(job) else Outcome.ATTACHED
+
+    def get(self, run: str) -> RunStatus:
+        job = self._job(run)
+        return self._status(job, self._pods_of(run))
+
+    def config(self, run: str) -> RunConfig:
+        return load(self._template(run)["metadata"]["annotations"][CONFIG_ANNOTATION])
+
+    def list_runs(self) -> list[RunStatus]:
+        jobs, pods = self.cluster.find(JOBS, MANAGED), self.cluster.find(PODS, MANAGED)
+        by_job: dict[str, list[Manifest]] = {job["metadata"]["name"]: [] for job in jobs}
+        for pod in pods:
+            by_job.get(pod["metadata"]["labels"].get(JOB_NAME_LABEL), []).append(pod)
+        with ThreadPoolExecutor(_PARALLEL_LOGS) as pool:
+            statuses = list(pool.map(lambda job: self._status(job, by_job[job["metadata"]["name"]]), jobs))
+        return sorted(statuses, key=lambda status: (status.started or float("inf"), status.run), reverse=True)
+
+    def logs(self, run: str, query: LogQuery) -> Iterator[LogLine]:
+        """Of the pods; what they no longer have (an earlier attempt, a pod that is gone) is on the volume."""
+        job, pods = self._job(run), self._pods_of(run)
+        lacks_pods = len(pods) < cluster_status.wanted_pods(job) and (is_over(job) or is_cancelled(job))
+        if query.attempt is None and not lacks_pods:
+            return cluster_logs.read(self.cluster, pods, query)
+        return self._logs_from_volume(run, pods, query)
+
+    def _logs_from_volume(self, run: str, pods: Sequence[Manifest], query: LogQuery) -> Iterator[LogLine]:
+        try:
+            with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
+                yield from history.logs(run, query)
+        except ForbiddenError as error:
+            self._say(f"warning: only the logs of pods that are left: {error}")
+            yield from cluster_logs.read(self.cluster, pods, query)
+
+    def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | Waiting]:
+        self._job(run)
+        return cluster_logs.follow(self.cluster, lambda: self._look(run), query)
+
+    def cancel(self, run: str, *, force: bool) -> None:
+        job = self._job(run)
+        if is_over(job) or (is_cancelled(job) and not force):
+            status = self.get(run)
+            raise BusyError(f"{status.handle} is {status.state}: there is nothing to cancel")
+        self._suspend(run, suspend=True)
+        if force:
+            for pod in self._pods_of(run):
+                self.cluster.delete(PODS, pod["metadata"]["name"], grace_seconds=0)
+
+    def resume(self, run: str) -> None:
+        job = self._job(run)
+        handle = self.handle(run)
+        if cluster_status.is_true(job, "Succeeded"):
+            raise BusyError(f"{handle} has succeeded: there is nothing to resume", f"oslo pull {handle}")
+        if is_over(job):
+            self._replace(run, _as_submitted(job))
+        elif is_cancelled(job):
+            if self._pods_of(run):
+                raise BusyError(f"{handle} is still being cancelled", f"oslo wait {handle}, then resume it")
+            self._suspend(run, suspend=False)
+        else:
+            raise BusyError(f"{handle} is {self.get(run).state}", f"oslo logs -f {handle}")
+
+    @property
+    def keeps_files(self) -> bool:
+        return True
+
+    def delete(self, run: str, *, files: bool) -> None:
+        status = self.get(run)
+        if not status.state.is_over:
+            raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
+        spec = self._template(run)["spec"]
+        self.cluster.delete(JOBS, run)
+        self._until_gone(run)
+        if files:
+            with ClusterHistory(self.cluster, Helper(self.cluster, spec, self._say)) as history:
+                history.delete(run, files=True)
+
+    def pull(self, run: str, destination: Path) -> list[Path]:
+        with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
+            return history.pull(run, destination)
+
+    # --- for those who submit -----------------------------------------------------------------------
+
+    def find(self, run: str) -> Manifest | None:
+        try:
+            return self.cluster.get(JOBS, run)
+        except MissingError:
+            return None
+
+    def missing_pods(self, run: str) -> tuple[int, list[str]]:
+        """(how many pods are not there yet, why they could not be created)."""
+        job = self._job(run)
+        if cluster_status.is_suspended(job) or is_over(job):
+            return 0, []
+        missing = cluster_status.wanted_pods(job) - len(self._pods_of(run))
+        return max(0, missing), cluster_status.creation_failures(self._incidents(run)) if missing > 0 else []
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    def _job(self, run: str) -> Manifest:
+        """Raises NotFoundError."""
+        job = self.find(run)
+        if job is None:
+            raise NotFoundError(f"{self.handle(run)} is not there (any more)", "oslo list shows what is")
+        return job
+
+    def _template(self, run: str) -> Manifest:
+        template: Manifest = self._job(run)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+        return template
+
+    def _pods_of(self, run: str) -> list[Manifest]:
+        pods = self.cluster.find(PODS, f"{JOB_NAME_LABEL}={run}")
+        return sorted(pods, key=node_of)
+
+    def _incidents(self, run: str) -> list[Manifest]:
+        """Events about the job, oldest first."""
+        events = self.cluster.find(EVENTS, fields=f"involvedObject.kind=PyTorchJob,involvedObject.name={run}")
+        return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+
+    def _status(self, job: Manifest, pods: Sequence[Manifest]) -> RunStatus:
+        run = job["metadata"]["name"]
+        pods = sorted(pods, key=node_of)
+        told = next(filter(has_started, pods), None)  # the master, unless only a worker is left
+        lines = self._tail(told["metadata"]["name"]) if told else []
+        waits = (
+            not is_over(job) and len(pods) < cluster_status.wanted_pods(job) and not cluster_status.is_suspended(job)
+        )
+        incidents = self._incidents(run) if waits else []
+        return cluster_status.derive(JobFacts(job, pods, lines, incidents, time.time()))
+
+    def _tail(self, pod: str) -> list[Any]:
+        try:
+            raw = self.cluster.log(pod, tail=_TAIL_LINES)
+        except ClusterError:  # it was deleted, or restarts, this very moment
+            return []
+        return [timed.line for timed in map(cluster_logs.parse, raw) if timed.line]
+
+    def _look(self, run: str) -> cluster_logs.Standing:
+        job = patiently(lambda: self.find(run), _OUTAGE_SECONDS, self._say)
+        if job is None:
+            return cluster_logs.Standing([], True, None)
+        pods = patiently(lambda: self._pods_of(run), _OUTAGE_SECONDS, self._say)
+        incidents = self._incidents(run) if len(pods) < cluster_status.wanted_pods(job) and not is_over(job) else []
+        status = cluster_status.derive(JobFacts(job, pods, [], incidents, time.time()))
+        cancelling = is_cancelled(job) and pods
+        waits = status.reason if status.state is State.PENDING or cancelling else None
+        return cluster_logs.Standing(pods, status.state.is_over, waits)
+
+    def _create(self, run: str, manifest: dict[str, Any]) -> Outcome:
+        try:
+            self.cluster.create(JOBS, manifest)
+        except ConflictError:
+            if self.find(run) is None:
+                raise
+            return Outcome.ATTACHED  # somebody submitted the same content in between
+        except KeyboardInterrupt as error:
+            there = self.find(run) is not None
+            what = "was submitted and goes on" if there else "was not submitted"
+            raise Interrupted(f"interrupted: {self.handle(run)} {what}", f"oslo delete {run}" * there, 130) from error
+        return Outcome.STARTED
+
+    def _replace(self, run: str, manifest: dict[str, Any]) -> None:
+        """A finished object cannot start again: a new one takes its place, and the launcher goes on from the files."""
+        try:
+            self.cluster.delete(JOBS, run)
+            self._until_gone(run)
+        except KeyboardInterrupt as error:
+            message = (
+                f"interrupted: the finished object of {self.handle(run)} was deleted, and none was made in its place"
+            )
+            raise Interrupted(message, "its files stay on the volume: submit again to go on from them", 130) from error
+        self._create(run, manifest)
+
+    def _until_gone(self, run: str) -> None:
+        """Until the job and its pods are gone: pods are found by name and label, not by their owner."""
+        end, said = time.monotonic() + _GONE_SECONDS, False
+        while self.find(run) is not None or self._pods_of(run):
+            if not said:
+                self._say(f"{self.handle(run)} is being deleted: waiting until it is gone")
+                said = True
+            if time.monotonic() > end:
+                raise ClusterError(f"{self.handle(run)} was deleted, but has not gone after {_GONE_SECONDS:.0f} s")
+            time.sleep(0.5)
+
+    def _suspend(self, run: str, *, suspend: bool) -> None:
+        annotation = "true" if suspend else None
+        change = {
+            "metadata": {"annotations": {CANCELLED_ANNOTATION: annotation}},
+            "spec": {"runPolicy": {"suspend": suspend}},
+        }
+        self.cluster.patch(JOBS, run, change)
+
+
+def _as_submitted(job: Manifest) -> dict[str, Any]:
+    """The object less what the server has added to it."""
+    meta = {key: value for key, value in job["metadata"].items() if key not in _SERVER_FIELDS}
+    meta["annotations"] = {k: v for k, v in meta.get("annotations", {}).items() if k != CANCELLED_ANNOTATION}
+    spec = {**job["spec"], "runPolicy": {**job["spec"]["runPolicy"], "suspend": False}}
+    return {"apiVersion": job["apiVersion"], "kind": job["kind"], "metadata": meta, "spec": spec}
+
+
+def _is_name(text: str) -> bool:
+    return text.replace("-", "").isalnum() and len(text) <= 63

@@ -1,0 +1,107 @@
+"""A helper pod on a claim: made on entering, deleted on leaving. Files go through it; nobody enters a training pod."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+from runner.cluster_status import waits_of_pod
+from runner.errors import ClusterError
+from runner.helper_pod import HELPER_LABEL, helper_pod
+from runner.kube.api import PODS, Cluster
+from runner.kube.exec import Channel, open_exec
+from runner.spec import SHARED_VOLUME
+
+START_SECONDS: Final = 180.0
+DEADLINE_SECONDS: Final = 3600
+"""The pod ends by itself after this, whatever becomes of who made it."""
+_POLL_SECONDS: Final = 0.25
+_SAY_AFTER_SECONDS: Final = 3.0
+
+
+class Helper:
+    """The pod, and commands run in it."""
+
+    def __init__(self, cluster: Cluster, pod_spec: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """pod_spec: of the training pods, whose image, claim and place the helper shares."""
+        self._cluster, self._say = cluster, say
+        self.name = f"oslo-helper-{secrets.token_hex(4)}"
+        self._manifest = helper_pod(self.name, **_shared_with(pod_spec), deadline_seconds=DEADLINE_SECONDS)
+        self._before: Any = None
+
+    def open(self, command: list[str]) -> Channel:
+        """Run a command in the pod."""
+        return open_exec(self._cluster.api_client, self._cluster.namespace, self.name, command)
+
+    def __enter__(self) -> Helper:
+        with suppress(ValueError):  # not in the main thread: signals are the caller's business
+            self._before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            self._remove_finished()
+            self._cluster.create(PODS, self._manifest)
+            self._wait()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _wait(self) -> None:
+        """Until it runs. Raises ClusterError with what it waits for."""
+        begin, said = time.monotonic(), ""
+        while True:
+            pod = self._cluster.get(PODS, self.name)
+            phase, waits = pod["status"].get("phase"), waits_of_pod(pod, time.time())
+            if phase == "Running":
+                return
+            waited = time.monotonic() - begin
+            if phase in ("Failed", "Succeeded") or waited > START_SECONDS:
+                message = f"the helper pod {self.name} did not start: {waits or phase}"
+                raise ClusterError(message, "it needs the image and the claim of the training pods")
+            if waits and waits != said and waited > _SAY_AFTER_SECONDS:
+                self._say(f"... {waits}")
+                said = waits
+            time.sleep(_POLL_SECONDS)
+
+    def _remove_finished(self) -> None:
+        """Those of others that ended by their deadline, because who made them was killed."""
+        for pod in self._cluster.find(PODS, HELPER_LABEL):
+            if pod["status"].get("phase") in ("Failed", "Succeeded"):
+                self._cluster.delete(PODS, pod["metadata"]["name"], grace_seconds=0)
+
+    def _leave(self) -> None:
+        try:
+            self._cluster.delete(PODS, self.name, grace_seconds=0)
+        except ClusterError as error:
+            self._say(f"warning: the helper pod {self.name} could not be deleted; it ends by itself: {error}")
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+
+
+def _shared_with(pod_spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What the helper takes from the training pods."""
+    container = pod_spec["containers"][0]
+    claim = next(volume for volume in pod_spec["volumes"] if volume["name"] == SHARED_VOLUME)
+    return {
+        "image": container["image"],
+        "volume": claim["persistentVolumeClaim"]["claimName"],
+        "image_pull_policy": container["imagePullPolicy"],
+        "pull_secrets": [secret["name"] for secret in pod_spec.get("imagePullSecrets", [])],
+        "service_account": pod_spec.get("serviceAccountName"),
+        "node_selector": pod_spec.get("nodeSelector", {}),
+        "tolerations": pod_spec.get("tolerations", []),
+    }
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(143)  # by way of __exit__, so that no pod is left behind

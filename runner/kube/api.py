@@ -1,0 +1,221 @@
+"""One namespace of a cluster, as this user sees it. Objects are plain mappings, as the API has them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import urllib3
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+
+from runner.errors import ClusterError
+from runner.kube.access import TOKEN_DIR, Access, in_cluster
+from runner.kube.errors import MissingError, UnreachableError, explain
+
+CONNECT_SECONDS: Final = 10
+READ_SECONDS: Final = 60
+SILENCE_SECONDS: Final = 60
+"""A followed log that says nothing for so long is asked for again: a lost connection shows no other sign."""
+_RETRIES: Final = 3
+_VERB: Final = {"POST": "create", "GET": "get", "DELETE": "delete", "PATCH": "patch"}
+Manifest = dict[str, Any]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object. api: `v1` or `group/version`."""
+
+    api: str
+    plural: str
+
+    @property
+    def prefix(self) -> str:
+        return f"/apis/{self.api}" if "/" in self.api else f"/api/{self.api}"
+
+
+JOBS: Final = Resource("kubeflow.org/v1", "pytorchjobs")
+PODS: Final = Resource("v1", "pods")
+EVENTS: Final = Resource("v1", "events")
+CLAIMS: Final = Resource("v1", "persistentvolumeclaims")
+
+
+class Cluster:
+    """Requests to one namespace. Every error is a ClusterError that says what was asked for, and where."""
+
+    def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
+        self.api_client = api_client
+        self.namespace = namespace
+        self.requests = 0
+        """How many were sent."""
+
+    @classmethod
+    def connect(cls, access: Access) -> Cluster:
+        """Read the kubeconfig, or a pod's own credentials. Sends nothing.
+
+        Raises ClusterError when there are neither, or the context is not there.
+        """
+        settings = client.Configuration()
+        try:
+            if access.has_file or access.kubeconfig:
+                namespace = _load_file(access.files, access.context, settings)
+            elif in_cluster():
+                config.load_incluster_config(client_configuration=settings)
+                namespace = (TOKEN_DIR / "namespace").read_text().strip()
+            else:
+                raise ClusterError(
+                    f"no cluster is configured: there is no {access.files}",
+                    "set KUBECONFIG or --kubeconfig; or train on this machine with --local",
+                )
+        except (ConfigException, OSError) as error:
+            raise ClusterError(f"the kubeconfig cannot be used: {error}", f"see {access.files}") from error
+        settings.retries = urllib3.Retry(
+            _RETRIES, connect=1, backoff_factor=0.2, status_forcelist=(429, 503), raise_on_status=False
+        )
+        settings.connection_pool_maxsize = 16
+        return cls(client.ApiClient(settings), access.namespace or namespace or "default")
+
+    @property
+    def where(self) -> str:
+        return f"namespace {self.namespace} of {self.api_client.configuration.host}"
+
+    # --- objects ------------------------------------------------------------------------------------
+
+    def get(self, resource: Resource, name: str) -> Manifest:
+        """Raises MissingError."""
+        return self._object("GET", resource, name)
+
+    def find(self, resource: Resource, labels: str = "", fields: str = "") -> list[Manifest]:
+        """All objects that match the selectors, as `kubectl -l` and `--field-selector` take them."""
+        query = [(key, text) for key, text in (("labelSelector", labels), ("fieldSelector", fields)) if text]
+        answer = self._object("GET", resource, "", query, verb="list")
+        items: list[Manifest] = answer["items"]
+        return items
+
+    def create(self, resource: Resource, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
+        """dry_run: the server checks it, webhooks and policies included, and keeps nothing. Raises ConflictError."""
+        return self._object("POST", resource, "", [("dryRun", "All")] if dry_run else [], manifest)
+
+    def patch(self, resource: Resource, name: str, change: Manifest) -> Manifest:
+        """A merge patch: null removes."""
+        return self._object("PATCH", resource, name, [], change)
+
+    def delete(self, resource: Resource, name: str, *, grace_seconds: int | None = None) -> None:
+        """Also what belongs to it, which goes first. grace_seconds: None: as its manifest says. One gone is fine."""
+        body: Manifest = {"propagationPolicy": "Foreground"}
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
+        with suppress(MissingError):
+            self._object("DELETE", resource, name, [], body)
+
+    # --- logs ---------------------------------------------------------------------------------------
+
+    def log(self, pod: str, *, tail: int | None = None, since: str | None = None) -> list[str]:
+        """The lines that are there, each behind its RFC 3339 time and a space.
+
+        tail: the last so many; since: an RFC 3339 time, of which the API counts whole seconds.
+        """
+        response = self._log_request(pod, tail, since, follow=False)
+        return str(response.data.decode(errors="replace")).splitlines()
+
+    def follow_log(self, pod: str, *, since: str | None = None) -> Iterator[str]:
+        """Such lines as they come, until the container ends or the connection does: the caller asks again."""
+        response = self._log_request(pod, None, since, follow=True)
+        torn = b""
+        try:
+            for part in response.stream(2**14, decode_content=False):
+                *lines, torn = (torn + part).split(b"\n")
+                yield from (line.decode(errors="replace") for line in lines)
+        except (urllib3.exceptions.HTTPError, OSError):
+            return  # lost, or silent for long
+        finally:
+            response.close()
+        if torn:
+            yield torn.decode(errors="replace")
+
+    def _log_request(self, pod: str, tail: int | None, since: str | None, *, follow: bool) -> urllib3.HTTPResponse:
+        query = [("container", "pytorch"), ("timestamps", "true")]
+        query += [("tailLines", str(tail))] if tail is not None else []
+        query += [("sinceTime", since)] if since is not None else []
+        query += [("follow", "true")] if follow else []
+        path = f"{self._path(PODS, pod)}/log"
+        return self._send("GET", path, query, None, "pods/log", read_seconds=SILENCE_SECONDS)
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    def _path(self, resource: Resource, name: str) -> str:
+        base = f"{resource.prefix}/namespaces/{self.namespace}/{resource.plural}"
+        return f"{base}/{name}" if name else base
+
+    def _object(
+        self,
+        method: str,
+        resource: Resource,
+        name: str,
+        query: list[tuple[str, str]] | None = None,
+        body: Manifest | None = None,
+        verb: str | None = None,
+    ) -> Manifest:
+        response = self._send(method, self._path(resource, name), query or [], body, resource.plural, verb)
+        answer: Manifest = json.loads(response.data)
+        return answer
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: list[tuple[str, str]],
+        body: Mapping[str, Any] | None,
+        resource: str,
+        verb: str | None = None,
+        *,
+        read_seconds: int = READ_SECONDS,
+    ) -> urllib3.HTTPResponse:
+        self.requests += 1
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        try:
+            answer = self.api_client.call_api(
+                path,
+                method,
+                query_params=query,
+                header_params={"Accept": "application/json, */*", "Content-Type": kind},
+                body=body,
+                auth_settings=["BearerToken"],
+                _preload_content=False,
+                _return_http_data_only=True,
+                _request_timeout=(CONNECT_SECONDS, read_seconds),
+            )
+        except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise explain(error, verb or _VERB[method], resource, self.where) from error
+        response: urllib3.HTTPResponse = answer
+        return response
+
+
+def patiently(call: Callable[[], Answer], seconds: float, report: Callable[[str], None]) -> Answer:
+    """Call until the API server answers, at most for `seconds`: it may be restarting. report: hears of a first miss."""
+    end, said = time.monotonic() + seconds, False
+    while True:
+        try:
+            return call()
+        except UnreachableError as error:
+            if time.monotonic() > end:
+                raise
+            if not said:
+                report(f"{error.message}; trying again")
+                said = True
+            time.sleep(1)
+
+
+def _load_file(file: str, context: str | None, settings: client.Configuration) -> str | None:
+    """The namespace of the context."""
+    config.load_kube_config(file, context, settings, persist_config=False)
+    contexts, current = config.list_kube_config_contexts(file)
+    chosen = next((one for one in contexts if one["name"] == context), current)
+    namespace: str | None = chosen["context"].get("namespace")
+    return namespace

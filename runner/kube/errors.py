@@ -1,0 +1,95 @@
+"""What the API server refuses, as the errors of a command: what, where, and what to do next.
+
+ClusterError (runner.errors)
+├── ForbiddenError     a right is missing: says which, and which Role of k8s/ gives it
+├── MissingError       the object is not there
+├── ConflictError      the object is there already, or has changed meanwhile
+├── RefusedError       the object is not valid, or a policy forbids it
+└── UnreachableError   no answer from the API server
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import urllib3
+from kubernetes.client.exceptions import ApiException
+
+from runner.errors import ClusterError
+
+ROLE_OF = {"pods": "oslo-helper", "pods/exec": "oslo-helper", "workloads": "oslo-queues"}
+"""Resource -> the Role of k8s/ that allows what changes it; all else is oslo-submitter's."""
+
+
+class ForbiddenError(ClusterError):
+    pass
+
+
+class MissingError(ClusterError):
+    pass
+
+
+class ConflictError(ClusterError):
+    pass
+
+
+class RefusedError(ClusterError):
+    pass
+
+
+class UnreachableError(ClusterError):
+    pass
+
+
+def explain(error: Exception, verb: str, resource: str, where: str) -> ClusterError:
+    """The error of a request as one of ours.
+
+    verb: as Roles have it; resource: plural, with its subresource; where: `namespace oslo of https://host:6443`.
+    """
+    what = f"{verb} {resource} in {where}"
+    if isinstance(error, ApiException):
+        return _refused(error, verb, resource, what)
+    if isinstance(error, urllib3.exceptions.HTTPError | OSError):
+        reason = _innermost(error)
+        return UnreachableError(f"no answer from the cluster: {what}: {reason}", "check the network and the kubeconfig")
+    return ClusterError(f"{what}: {type(error).__name__}: {error}")
+
+
+def _refused(error: ApiException, verb: str, resource: str, what: str) -> ClusterError:
+    says = _message(error)
+    if error.status == 401:
+        return ForbiddenError(
+            f"the cluster does not know you: {what}: {says}", "log in again; see `kubectl auth whoami`"
+        )
+    if error.status == 403 and "violates PodSecurity" not in says and "exceeded quota" not in says:
+        reads = verb in ("get", "list") and resource != "pods/exec"
+        role = "oslo-submitter" if reads else ROLE_OF.get(resource, "oslo-submitter")
+        hint = f"an admin can allow it with the Role {role} (k8s/README.md): verb {verb}, resource {resource}"
+        return ForbiddenError(f"you may not {what}: {says}", hint)
+    if error.status == 404 and ("could not find the requested resource" in says or "page not found" in says):
+        return ClusterError(f"{what}: the cluster does not know {resource}", "is the training operator installed?")
+    if error.status == 404:
+        return MissingError(f"{what}: {says}")
+    if error.status == 409:
+        return ConflictError(f"{what}: {says}")
+    if error.status in (400, 403, 422):
+        return RefusedError(f"the cluster refuses to {what}: {says}")
+    return ClusterError(f"{what}: the cluster answered {error.status}: {says}")
+
+
+def _message(error: ApiException) -> str:
+    """The sentence in a Status object, else the body or the reason."""
+    body: Any = error.body
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "")
+    try:
+        says = json.loads(text).get("message", "")
+    except (ValueError, AttributeError):
+        says = text
+    return " ".join(str(says).split()) or str(error.reason)
+
+
+def _innermost(error: BaseException) -> str:
+    while (cause := getattr(error, "reason", None)) and isinstance(cause, BaseException):
+        error = cause
+    return str(error).rpartition(": ")[2] or type(error).__name__
