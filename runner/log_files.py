@@ -14,12 +14,19 @@ from typing import Final
 from opensloth import contract
 from opensloth.contract import EVENT_PREFIX, LAUNCHER_RANK
 from opensloth.event_lines import render_event
+from opensloth.pod_log import launcher_rank
 from runner.backend import LogLine, LogQuery
 from runner.errors import NotFoundError
 from runner.event_log import Event, parse_events
 from runner.run_folder import LAUNCHER_OUTPUT, RunFolder
 
 _RANK_FILE: Final = re.compile(re.escape(contract.RANK_LOG).replace(re.escape("{rank}"), r"(\d+)"))
+_NODE_FILES: Final = tuple(
+    re.compile(re.escape(name).replace(re.escape("{node}"), r"(\d+)"))
+    for name in (contract.NODE_EVENTS, contract.NODE_LAUNCHER_LOG)
+)
+"""What the launchers of nodes above 0 write."""
+_EVENTS_SUFFIX: Final = Path(contract.EVENTS_FILE).suffix
 _POLL_SECONDS: Final = 0.1
 _LAST_WORDS_SECONDS: Final = 2.0
 """A launcher says how it ended after it has written ended.json: it gets this long to leave."""
@@ -32,7 +39,7 @@ class _Source:
     path: Path
     rank: int
     only_attempt: int | None = None
-    """For events.jsonl, which all attempts and rank 0 share: take the launcher's events of this attempt."""
+    """For a file of events (all attempts and rank 0 share events.jsonl): take those of this rank and attempt."""
     _offset: int = 0
     _torn: bytes = b""
     _last_progress: str = ""
@@ -58,7 +65,7 @@ class _Source:
         return [line for line in read if line is not None]
 
     def _is_mine(self, event: Event) -> bool:
-        return event.get("attempt") == self.only_attempt and event.get("rank") == LAUNCHER_RANK
+        return event.get("attempt") == self.only_attempt and event.get("rank") == self.rank
 
     def _is_repeated(self, line: LogLine) -> bool:
         """Whether it says the progress that the last one said."""
@@ -86,18 +93,20 @@ class _Attempt:
     _sources: dict[Path, _Source] = field(default_factory=dict)
 
     def sources(self) -> list[_Source]:
-        """By rank, the launcher first."""
+        """By rank, the launchers first."""
         attempt = self.folder.attempt_folder(self.number)
         wanted = {
             self.folder.path / contract.EVENTS_FILE: LAUNCHER_RANK,
             attempt / contract.LAUNCHER_LOG: LAUNCHER_RANK,
         }
         if attempt.is_dir():
-            names = (_RANK_FILE.fullmatch(entry.name) for entry in attempt.iterdir())
-            wanted |= {attempt / match[0]: int(match[1]) for match in names if match}
+            names = [entry.name for entry in attempt.iterdir()]
+            wanted |= {attempt / match[0]: int(match[1]) for name in names if (match := _RANK_FILE.fullmatch(name))}
+            nodes = (pattern.fullmatch(name) for name in names for pattern in _NODE_FILES)
+            wanted |= {attempt / match[0]: launcher_rank(int(match[1])) for match in nodes if match}
         for path, rank in wanted.items():
             if path not in self._sources and self.query.rank in (None, rank):
-                only = self.number if path.name == contract.EVENTS_FILE else None
+                only = self.number if path.suffix == _EVENTS_SUFFIX else None
                 self._sources[path] = _Source(path, rank, only)
         return sorted(self._sources.values(), key=lambda source: (source.rank, source.path.name))
 
