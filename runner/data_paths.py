@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any
 
 from opensloth.errors import Problem
 from opensloth.fingerprint import source_sha256
 from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig
 from opensloth.run_config import RunConfig
+from opensloth.source_names import VOLUME_PREFIX, is_hub_name
 from runner import yaml12
-
-VOLUME_PREFIX: Final = "pvc:"
-_HUB_NAME: Final = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_FILE_SUFFIXES: Final = (
-    ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".yaml",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,18 +27,6 @@ class Roots:
     root: Path
     cache: Path
     inputs: Path | None
-
-
-def is_hub_name(text: str, folder: Path) -> bool:
-    """Whether `text` names a hub dataset rather than a file below `folder`.
-
-    A name is a hub's when no such file is there, it has the form NAME or OWNER/NAME, no suffix of a data file,
-    and OWNER is no folder here.
-    """
-    if (folder / text).expanduser().exists() or not _HUB_NAME.fullmatch(text):
-        return False
-    owner, slash, _ = text.partition("/")
-    return not text.endswith(_FILE_SUFFIXES) and not (slash and (folder / owner).is_dir())
 
 
 def problems(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> list[Problem]:
@@ -121,7 +103,7 @@ def resolve(config: RunConfig, folder: Path, roots: Roots) -> tuple[RunConfig, d
 
     def source(text: str) -> str:
         if text.startswith(VOLUME_PREFIX):
-            return str(PurePosixPath(roots.root) / text.removeprefix(VOLUME_PREFIX))
+            return str(PurePosixPath(roots.root) / text.removeprefix(VOLUME_PREFIX).lstrip("/"))
         if is_hub_name(text, folder):
             return text
         local = _local(text, folder).resolve()

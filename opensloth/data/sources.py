@@ -17,13 +17,7 @@ from opensloth.data.rows import Row
 from opensloth.errors import DataError
 from opensloth.fingerprint import file_sha256
 from opensloth.opensloth_config import DatasetArgs
-
-VOLUME_PREFIX = "pvc:"
-VOLUME_ROOT = "/shared"
-_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_FILE_SUFFIXES = (
-    ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".yaml",
-)  # fmt: skip
+from opensloth.source_names import VOLUME_PREFIX, VOLUME_ROOT, is_hub_name
 
 
 class Source(Protocol):
@@ -119,19 +113,7 @@ def _local_path(name: str) -> Path | None:
     if name.startswith(VOLUME_PREFIX):
         inside = name.removeprefix(VOLUME_PREFIX).lstrip("/")
         return Path(os.environ.get(ROOT_ENV, VOLUME_ROOT)) / inside
-    return None if is_hub_name(name) else Path(name).expanduser()
-
-
-def is_hub_name(text: str) -> bool:
-    """Whether `text` names a hub dataset rather than a file: the rule by which a config was resolved.
-
-    A name is a hub's when no such file is there, it has the form NAME or OWNER/NAME, no suffix of a data file,
-    and OWNER is no folder here.
-    """
-    if Path(text).expanduser().exists() or not _HUB_NAME.fullmatch(text):
-        return False
-    owner, slash, _ = text.partition("/")
-    return not text.endswith(_FILE_SUFFIXES) and not (slash and Path(owner).is_dir())
+    return None if is_hub_name(name, Path()) else Path(name).expanduser()
 
 
 def _where_paths_start(name: str) -> str:

@@ -14,10 +14,10 @@ import pytest
 from data_tools import write_jsonl
 
 from opensloth.data import readers
-from opensloth.data.sources import VOLUME_PREFIX, is_hub_name, open_source
+from opensloth.data.sources import open_source
 from opensloth.errors import DataError
 from opensloth.opensloth_config import DatasetArgs
-from runner import data_paths
+from opensloth.source_names import is_hub_name
 
 ROWS = [{"text": "one"}, {"text": "zwei, «drei»"}, {"text": "a\nb"}]
 
@@ -96,17 +96,16 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         ("nobody/a.txt", False), ("a.tsv", False), ("", False), ("pvc:a", False),
     ],
 )  # fmt: skip
-def test_a_hub_name_is_what_the_runner_takes_for_one(
+def test_a_hub_name_is_what_no_file_can_be_meant_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
 ) -> None:
     (tmp_path / "here").mkdir()
+    assert is_hub_name(text, tmp_path) is expected
     monkeypatch.chdir(tmp_path)
-    assert is_hub_name(text) is expected
-    assert data_paths.is_hub_name(text, tmp_path) is expected
+    assert is_hub_name(text, Path()) is expected
 
 
 def test_pvc_paths_start_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert VOLUME_PREFIX == data_paths.VOLUME_PREFIX
     monkeypatch.setenv("OSLO_ROOT", str(tmp_path))
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     assert read("pvc:x.jsonl") == ROWS
