@@ -28,7 +28,7 @@ def _cpu_quota(cgroup: Path) -> float | None:
     if not quota:
         quota = "".join(_words(cgroup / "cpu" / "cpu.cfs_quota_us"))
         period = "".join(_words(cgroup / "cpu" / "cpu.cfs_period_us"))
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(quota) > 0 else None
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
 
 def oom_kills(cgroup: Path = CGROUP) -> int:

@@ -78,6 +78,8 @@ def test_memory_kills_are_counted_in_both_kinds_of_cgroup(tmp_path: Path) -> Non
     (tmp_path / "memory" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("2147483648\n")
     assert (machine.oom_kills(tmp_path), machine.memory_limit(tmp_path)) == (2, "2.0 GiB")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert machine.memory_limit(tmp_path) == "unknown size", "so says a group without a limit"
     (tmp_path / "memory.events").write_text("low 0\nhigh 0\nmax 9\noom 3\noom_kill 3\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert (machine.oom_kills(tmp_path), machine.memory_limit(tmp_path)) == (3, "unknown size")
@@ -98,7 +100,7 @@ def test_every_line_is_relayed_whole_with_its_number(tmp_path: Path) -> None:
         rank.flush()
         rank.write("o \u00e9\nnever finished".encode())
     relay.close()
-    lines = [parse_line(text) for text in out.getvalue().splitlines()]
+    lines = [parse_line(text) for text in out.getvalue().split("\n")]
     assert [(line.attempt, line.rank, line.number, line.text) for line in lines if line] == [
         (2, -2, 0, "hello"),
         (2, -2, 1, "there"),
