@@ -17,7 +17,7 @@ from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError
 from runner.helper import Helper
 from runner.identity import name_of
 from runner.kube.api import EVENTS, JOBS, PODS, Cluster, patiently
-from runner.kube.errors import ConflictError, ForbiddenError, MissingError
+from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError
 from runner.pod import CONFIG_ANNOTATION
 from runner.spec import OWN_PREFIX
 
@@ -194,8 +194,12 @@ class KubernetesBackend:
         return sorted(pods, key=node_of)
 
     def _incidents(self, run: str) -> list[Manifest]:
-        """Events about the job, oldest first."""
-        events = self.cluster.find(EVENTS, fields=f"involvedObject.kind=PyTorchJob,involvedObject.name={run}")
+        """Events about the job, oldest first; none without the right to see them."""
+        try:
+            events = self.cluster.find(EVENTS, fields=f"involvedObject.kind=PyTorchJob,involvedObject.name={run}")
+        except ForbiddenError as error:
+            self._say(f"warning: why pods are missing is not known: {error}")
+            return []
         return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
 
     def _status(self, job: Manifest, pods: Sequence[Manifest]) -> RunStatus:
@@ -212,7 +216,10 @@ class KubernetesBackend:
     def _tail(self, pod: str) -> list[Any]:
         try:
             raw = self.cluster.log(pod, tail=_TAIL_LINES)
-        except ClusterError:  # it was deleted, or restarts, this very moment
+        except ForbiddenError as error:
+            self._say(f"warning: no step and no loss are known: {error}")
+            return []
+        except (MissingError, RefusedError):  # it was deleted, or restarts, this very moment
             return []
         return [timed.line for timed in map(cluster_logs.parse, raw) if timed.line]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from opensloth import contract, run_config
 from opensloth.contract import Cause
 from opensloth.run_config import RunConfig
-from runner import transfer
+from runner import output, transfer
 from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
 from runner.cluster_status import handle_of
 from runner.errors import BusyError, ClusterError, NotFoundError, UsageError
@@ -99,7 +99,9 @@ class ClusterHistory:
         status = self.get(run)
         if status.state is not State.SUCCEEDED:
             raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
-        return transfer.pull(self._helper, f"{contract.RUNS_DIR}/{run}/{contract.FINAL_DIR}", destination)
+        return transfer.pull(
+            self._helper, f"{contract.RUNS_DIR}/{run}/{contract.FINAL_DIR}", destination, output.event_sayer()
+        )
 
     def delete(self, run: str, *, files: bool) -> None:
         if files:

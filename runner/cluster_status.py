@@ -139,11 +139,11 @@ def _state(facts: JobFacts, events: Sequence[Event]) -> tuple[State, str | None]
     return state, reason_to_wait(state, events)
 
 
-def _suspended(facts: JobFacts) -> tuple[State, str]:
+def _suspended(facts: JobFacts) -> tuple[State, str | None]:
     if is_cancelled(facts.job):
         if facts.pods:
             return State.RUNNING, "is being cancelled: the ranks save a checkpoint and leave"
-        return State.CANCELLED, "cancelled"
+        return State.CANCELLED, None
     queue = facts.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     return State.PENDING, f"waits in the queue {queue}" if queue else "is suspended (spec.runPolicy.suspend)"
 

@@ -65,7 +65,7 @@ def _submit(backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: 
     submission = Submission(run_config.dump(loaded.run), manifest)
     standing = backend.standing(run)
     output.say(plan_text(build_plan(run, loaded.run, loaded.job, None, loaded.origins)))
-    output.say(f"to       {backend.cluster.where}")
+    output.say(f"into {backend.cluster.where}")
     for note in notes(loaded.job):
         output.say(f"note: {note}")
     if standing in (Outcome.ATTACHED, Outcome.ALREADY_SUCCEEDED):

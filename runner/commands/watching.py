@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from opensloth.files import read_json
 from runner import output
 from runner.backend import CLUSTER_SCHEME, Backend, LogLine, LogQuery, RunStatus, State, Waiting
 from runner.errors import Interrupted, JobCancelledError, JobFailedError, NotFoundError
@@ -105,9 +106,24 @@ def next_step(status: RunStatus) -> str:
     return f"{status.hint}\n  {command}" if status.hint else command
 
 
+def base_elsewhere(final: Path) -> str | None:
+    """The adapter's base model, if it is a folder that this machine does not have."""
+    name = (read_json(final / "adapter_config.json") or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name.startswith("/") and not Path(name).exists() else None
+
+
 def usage(final: Path) -> str:
     """Three lines of Python that load the result."""
     is_adapter = (final / "adapter_config.json").exists()
+    base = base_elsewhere(final) if is_adapter else None
+    if base is not None:
+        return "\n".join(
+            [
+                "  from peft import PeftModel; from transformers import AutoModelForCausalLM",
+                f'  base = AutoModelForCausalLM.from_pretrained("PATH/OF/{Path(base).name}")  # where it is here',
+                f'  model = PeftModel.from_pretrained(base, "{final}")',
+            ]
+        )
     package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     imports = (
         f"from {package} import {loader}; from transformers import AutoTokenizer"

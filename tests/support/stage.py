@@ -102,11 +102,10 @@ class OnCluster(Place):
             "volume": CLAIM,
             "nodes": 2,
             "gpus_per_node": 0,
-            "cpu": "1",
             "memory": "4Gi",
             "shm": "256Mi",
             "service_account": "oslo-training",
-            "env": {"HF_HUB_OFFLINE": "1"},
+            "env": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         }
         (folder / "defaults.yaml").write_text(yaml.safe_dump({"job": job}))
 
@@ -165,7 +164,15 @@ def kubectl(kubeconfig: str, *arguments: str, stdin: str | None = None) -> str:
 
 def prepare_namespace(admin: str, folder: Path) -> Path:
     """Apply k8s/ as its README says, in a namespace of the tests' own; returns the submitter's kubeconfig."""
-    kubectl(admin, "apply", "--server-side", "--force-conflicts", "--field-manager=oslo", "-k", str(REPOSITORY / "k8s" / "operator"))
+    kubectl(
+        admin,
+        "apply",
+        "--server-side",
+        "--force-conflicts",
+        "--field-manager=oslo",
+        "-k",
+        str(REPOSITORY / "k8s" / "operator"),
+    )
     kubectl(admin, "-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
     overlay = folder / "overlay"
     overlay.mkdir()

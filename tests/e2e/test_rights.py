@@ -1,0 +1,131 @@
+"""Each right of k8s/base/access.yaml is needed: without it one command says which one is missing, and where to get it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stage import OnCluster, write_job
+
+pytestmark = pytest.mark.e2e
+ROLES = ("oslo-submitter", "oslo-helper")
+NOWHERE = ("--set", "job.node_selector={there: is-none}")
+"""Pods that stay pending: nothing is trained here."""
+
+
+@pytest.fixture
+def pending(cluster: OnCluster, model: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A run that waits for ever, and its file."""
+    file = write_job(tmp_path, model)
+    answer = cluster.submit(file, *NOWHERE)
+    assert answer.code == 0, answer.err
+    yield answer.handle, file
+    cluster.clear()
+
+
+@pytest.fixture
+def without(cluster: OnCluster) -> Iterator[Callable[[str, str], None]]:
+    """without("pods", "list"): take a right away, from both Roles."""
+    before = {name: json.loads(cluster.kubectl("get", "role", name, "-o", "json")) for name in ROLES}
+
+    def take(resource: str, verb: str) -> None:
+        for name, role in before.items():
+            rules = [_less(rule, verb) if resource in rule["resources"] else rule for rule in role["rules"]]
+            _set(cluster, name, [rule for rule in rules if rule["verbs"]])
+
+    yield take
+    for name, role in before.items():
+        _set(cluster, name, role["rules"])
+
+
+def _less(rule: dict[str, Any], verb: str) -> dict[str, Any]:
+    return rule | {"verbs": [known for known in rule["verbs"] if known != verb]}
+
+
+def _set(cluster: OnCluster, role: str, rules: list[dict[str, Any]]) -> None:
+    cluster.kubectl("patch", "role", role, "--type=merge", "-p", json.dumps({"rules": rules}))
+
+
+@pytest.mark.parametrize(
+    ("resource", "verb", "command"),
+    [
+        ("pytorchjobs", "get", ["status", "RUN"]),
+        ("pytorchjobs", "list", ["list", "--name", "x"]),
+        ("pytorchjobs", "create", ["submit", "FILE", "-y", "--set", "training.max_steps=7"]),
+        ("pytorchjobs", "patch", ["cancel", "RUN"]),
+        ("pods", "list", ["status", "RUN"]),
+        ("pods", "get", ["submit", "FILE", "-y", "--set", "training.max_steps=7"]),
+        ("pods", "create", ["submit", "FILE", "-y", "--set", "training.max_steps=7"]),
+        ("pods", "delete", ["cancel", "RUN", "--force"]),
+        ("pods/exec", "get", ["submit", "FILE", "-y", "--set", "training.max_steps=7"]),
+        ("persistentvolumeclaims", "get", ["submit", "FILE", "-y", *NOWHERE, "--set", "training.max_steps=8"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_missing_right_is_named(
+    cluster: OnCluster,
+    pending: tuple[str, Path],
+    without: Callable[[str, str], None],
+    resource: str,
+    verb: str,
+    command: list[str],
+) -> None:
+    run, file = pending
+    without(resource, verb)
+    answer = cluster.oslo(*[{"RUN": run, "FILE": file}.get(word, word) for word in command], timeout=60)
+    says = " ".join(answer.err.split())
+    assert f"you may not {verb} {resource}" in says, answer.err
+    if (
+        resource == "persistentvolumeclaims" or command[0] == "list"
+    ):  # what cannot be checked is said, and no reason to stop
+        assert answer.code == 0
+    else:
+        assert answer.code == 1
+        assert f"verb {verb}, resource {resource}" in says
+
+
+def test_a_job_cannot_be_deleted_without_the_right(
+    cluster: OnCluster, pending: tuple[str, Path], without: Callable[[str, str], None]
+) -> None:
+    run, _ = pending
+    assert cluster.oslo("cancel", run).code == 0
+    without("pytorchjobs", "delete")
+    answer = cluster.oslo("delete", run, "-y")
+    assert answer.code == 1
+    assert "you may not delete pytorchjobs" in answer.err
+
+
+def test_logs_need_their_right(
+    cluster: OnCluster, without: Callable[[str, str], None], model: Path, tmp_path: Path
+) -> None:
+    submitted = cluster.submit(write_job(tmp_path, model), "--follow")
+    assert submitted.code == 0, submitted.err
+    without("pods/log", "get")
+    answer = cluster.oslo("logs", submitted.handle)
+    assert answer.code == 1
+    assert "you may not get pods/log" in answer.err
+    status = cluster.oslo("status", submitted.handle)
+    assert status.code == 0
+    assert "you may not get pods/log" in status.err
+    assert "succeeded" in status.out
+    cluster.clear()
+
+
+def test_events_need_their_right(
+    cluster: OnCluster, pending: tuple[str, Path], without: Callable[[str, str], None]
+) -> None:
+    """They are asked for when pods are missing."""
+    run, _ = pending
+    pods = list(cluster.pods(run.rpartition("/")[2]))
+    without("events", "list")
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(quota))
+    try:
+        cluster.kubectl("delete", "pod", *pods)
+        answer = cluster.oslo("status", run)
+    finally:
+        cluster.kubectl("delete", "resourcequota", "none")
+    assert "you may not list events" in answer.err
