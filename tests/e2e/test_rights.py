@@ -1,4 +1,4 @@
-"""Each right of k8s/base/access.yaml is needed: without it one command says which one is missing, and where to get it."""
+"""Each right of k8s/base/access.yaml is needed: without it a command says which is missing and which Role gives it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from stage import Here, OnCluster, write_job
 
 pytestmark = pytest.mark.e2e
 SIX_DIGITS = 1e-5
+HOME = os.environ["HOME"]
+"""Of who runs the tests; each test has another."""
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +125,6 @@ def test_a_pod_that_cannot_be_created_is_named_and_joins_late(cluster: OnCluster
         out, err = submitting.communicate(timeout=240)
     finally:
         submitting.kill()
-        subprocess.run(["true"], check=True)
     assert submitting.returncode == 0, err
     assert "exceeded quota" in err
     assert "[0] step 6/6" in out
@@ -152,17 +154,13 @@ def test_a_deleted_job_is_still_told_by_its_files(cluster: OnCluster, model: Pat
     assert "stays on the volume" in deleted.err
     status = cluster.status(run)
     assert (status["state"], status["step"], status["handle"]) == ("succeeded", 6, submitted.handle)
-    assert steps_of(cluster.events(run)) == steps_of([e for e in _events_of(submitted.out)] or cluster.events(run))
+    assert list(steps_of(cluster.events(run))) == [1, 2, 3, 4, 5, 6]
     assert cluster.oslo("pull", run, tmp_path / "result").code == 0
     again = cluster.submit(file, "--follow")
     assert again.code == 0, again.err
     assert "has succeeded already" in again.out + again.err
     assert cluster.oslo("delete", run, "-y", "--files").code == 0
     assert cluster.oslo("status", run).code == 102
-
-
-def _events_of(out: str) -> list[dict[str, Any]]:
-    return []
 
 
 def test_nothing_is_left_behind(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
@@ -179,11 +177,12 @@ def _objects(cluster: OnCluster) -> set[str]:
     return set(cluster.kubectl("get", kinds, "-o", "name").split())
 
 
-def test_the_quickstart_on_two_nodes(cluster: OnCluster, here: Here, tmp_path: Path) -> None:
-    """A real pretrained model and data that exist on the submitting side only."""
-    examples = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
-    sys.path.insert(0, str(examples))
-    from prepare_model import prepare
-
-    folder = prepare(Path("~/.cache/oslo/quickstart").expanduser())
-    pytest.skip(f"{folder}")
+@pytest.mark.timeout(1800)
+def test_the_quickstart_on_two_nodes(cluster: OnCluster) -> None:
+    """A real pretrained model and data that exist on the submitting side only; answers are scored in plain peft."""
+    script = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.py"
+    env = cluster.env | {"HOME": HOME}  # where the converted model is kept
+    command = [sys.executable, str(script), "--cluster", "--set", "job.memory=6Gi"]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "of 40 after" in ran.stdout
