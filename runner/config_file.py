@@ -16,6 +16,7 @@ from opensloth.errors import ConfigError, Problem
 from opensloth.run_config import RunConfig, check, shown
 from runner import data_paths, overrides, yaml12
 from runner.errors import InvalidFileError
+from runner.grace import derive_grace
 from runner.spec import CACHE_MOUNT, JobArgs, check_job, needs_of_a_cluster
 
 
@@ -40,7 +41,8 @@ class LoadedFile:
     """A file that has no problems.
 
     run: every path absolute; job: the `job` section over the defaults file.
-    origins: dotted path of each value that somebody wrote -> `sft.yaml:3`, `--set ...` or `defaults.yaml:2`.
+    origins: dotted path of each value that somebody wrote -> `sft.yaml:3`, `--set ...` or `defaults.yaml:2`; of one
+        that follows from others -> `derived: ...`.
     sources: path as resolved in `run` -> the local file or folder that is meant.
     """
 
@@ -88,7 +90,12 @@ def load_file(path: Path, sets: Sequence[str], defaults: Path | None, target: Ta
         raise InvalidFileError(path.name, merged.located())
     cache_root = Path(CACHE_MOUNT) if target.is_cluster and job.cache else target.root
     run, sources = data_paths.resolve(run, path.parent, data_paths.Roots(target.root, cache_root, target.inputs))
-    return LoadedFile(path, run, job, merged.origins(), sources)
+    origins = merged.origins()
+    if job.grace_period is None:
+        grace = derive_grace(run)
+        job = job.model_copy(update={"grace_period": f"{grace.seconds}s"})
+        origins["job.grace_period"] = grace.why
+    return LoadedFile(path, run, job, origins, sources)
 
 
 def name_from_stem(stem: str) -> str:
@@ -239,7 +246,7 @@ def _for_target(run: RunConfig, job: JobArgs, target: Target) -> RunConfig:
     """On a cluster a pod's processes are its GPUs; `opensloth.devices` is for local runs."""
     if not target.is_cluster:
         return run
-    devices = list(range(max(1, job.gpus_per_node)))
+    devices = list(range(job.processes_per_node))
     return run.model_copy(update={"opensloth": run.opensloth.model_copy(update={"devices": devices})})
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from opensloth.errors import Problem
 from opensloth.fingerprint import source_sha256
-from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig
+from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig, TrainingArguments
 from opensloth.run_config import RunConfig
-from opensloth.source_names import VOLUME_PREFIX, is_hub_name
+from opensloth.source_names import VOLUME_PREFIX, VOLUME_ROOT, is_hub_name
 from runner import yaml12
 
 
@@ -31,21 +31,18 @@ class Roots:
 
 def problems(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> list[Problem]:
     """Paths of this machine that are not there or not what they should be, paths of a volume in a local run."""
-    found = [*_problems_of_sources(values, folder, is_cluster), *_problems_of_templates(values, folder)]
-    if is_cluster:
-        why = "is a folder of this machine, which pods do not see"
-        hint = "copy it to the volume and give its path below /shared"
-        models = ((path, text) for path, text in _model_folders(values) if _local(text, folder).is_dir())
-        return found + [Problem(path, f"{text} {why}", hint) for path, text in models]
-    return [*found, *_problems_of_folders(values, folder)]
+    return [
+        *_problems_of_sources(values, folder, is_cluster),
+        *_problems_of_templates(values, folder),
+        *_problems_of_folders(values, folder, is_cluster),
+    ]
 
 
 def _problems_of_sources(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> Iterator[Problem]:
     for path, text in _sources(values):
         if text.startswith(VOLUME_PREFIX):
             if not is_cluster:
-                why = "is on a cluster's volume, which a local run cannot read"
-                yield Problem(path, f"{text} {why}", "give a file of this machine")
+                yield _problem_of_volume(path, text, "file")
         elif not is_hub_name(text, folder) and not _local(text, folder).exists():
             where = _local(text, folder)
             yield Problem(path, f"no such file or folder: {where}", nearest_name(where))
@@ -60,13 +57,28 @@ def _problems_of_templates(values: Mapping[str, Any], folder: Path) -> Iterator[
             yield Problem(path, f"{where}: {fault}")
 
 
-def _problems_of_folders(values: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
-    for path, text, marker, what in _folders_to_go_on_from(values):
+def _problems_of_folders(values: Mapping[str, Any], folder: Path, is_cluster: bool) -> Iterator[Problem]:
+    for path, text, marker, what in _folders(values):
         where = _local(text, folder)
-        if not where.is_dir():
-            yield Problem(path, f"no such folder: {where}", nearest_name(where))
-        elif not (where / marker).is_file():
+        if text.startswith(VOLUME_PREFIX):
+            if not is_cluster:
+                yield _problem_of_volume(path, text, "folder")
+        elif is_cluster and (_is_of_volume(text) or (text.startswith("/") and not where.exists())):
+            continue  # in the pods: on the volume, in another one, or in the image
+        elif not where.is_dir():
+            if marker or (is_cluster and text.startswith((".", "~"))):  # a model may be the hub's
+                yield Problem(path, f"no such folder: {where}", nearest_name(where))
+        elif marker and not (where / marker).is_file():
             yield Problem(path, f"{where} is no {what}: it holds no {marker}")
+
+
+def _problem_of_volume(path: str, text: str, kind: str) -> Problem:
+    why = "is on a cluster's volume, which a local run cannot read"
+    return Problem(path, f"{text} {why}", f"give a {kind} of this machine")
+
+
+def _is_of_volume(text: str) -> bool:
+    return text.startswith(f"{VOLUME_ROOT}/")
 
 
 def _fault_of_template(path: Path) -> str | None:
@@ -97,56 +109,91 @@ def resolve(config: RunConfig, folder: Path, roots: Roots) -> tuple[RunConfig, d
     """Make every path absolute as the target sees it, and put templates from files in as text.
 
     folder: of the config file.
-    Returns the config and {path in the config: local file or folder}.
+    Returns the config and {path in the config: local file or folder}: the data, and on a cluster the folders of
+    models, adapters and checkpoints too.
     """
-    sources: dict[str, Path] = {}
-
-    def source(text: str) -> str:
-        if text.startswith(VOLUME_PREFIX):
-            return str(PurePosixPath(roots.root) / text.removeprefix(VOLUME_PREFIX).lstrip("/"))
-        if is_hub_name(text, folder):
-            return text
-        local = _local(text, folder).resolve()
-        seen = local if roots.inputs is None else roots.inputs / source_sha256(local) / local.name
-        sources[str(seen)] = local
-        return str(seen)
-
-    def dataset(one: DatasetArgs) -> DatasetArgs:
-        changed: dict[str, Any] = {"path": source(one.path)}
-        if one.eval_path is not None:
-            changed["eval_path"] = source(one.eval_path)
-        if one.chat_template is not None and one.chat_template.endswith(".jinja"):
-            changed["chat_template"] = _template(_local(one.chat_template, folder))
-        return one.model_copy(update=changed)
-
-    training = config.training
-    if training.output_dir is not None:
-        base = folder.resolve() if roots.inputs is None else roots.root
-        training = training.model_copy(update={"output_dir": str(base / Path(training.output_dir).expanduser())})
-    if isinstance(training.resume_from_checkpoint, str) and roots.inputs is None:
-        checkpoint = str(_local(training.resume_from_checkpoint, folder).resolve())
-        training = training.model_copy(update={"resume_from_checkpoint": checkpoint})
+    resolver = _Resolver(folder, roots)
     resolved = config.model_copy(
         update={
-            "opensloth": _resolve_opensloth(config.opensloth, folder, roots),
-            "dataset": None if config.dataset is None else [dataset(one) for one in config.dataset],
-            "training": training,
+            "opensloth": resolver.opensloth(config.opensloth),
+            "dataset": None if config.dataset is None else [resolver.dataset(one) for one in config.dataset],
+            "training": resolver.training(config.training),
         }
     )
-    return resolved, sources
+    return resolved, resolver.sources
 
 
-def _resolve_opensloth(opensloth: OpenSlothConfig, folder: Path, roots: Roots) -> OpenSlothConfig:
-    changed: dict[str, Any] = {"data_cache_path": str(roots.cache / Path(opensloth.data_cache_path).expanduser())}
-    if roots.inputs is None:
-        # A model beside the file; a hub name stays as it is. An adapter is a folder.
+def hash_in(seen: str) -> str:
+    """SHA-256 of what came from the submitting machine: of a path `<inputs>/<sha256>/<name>`."""
+    return PurePosixPath(seen).parent.name
+
+
+class _Resolver:
+    """Resolves the sections of one config, and notes what of this machine they name."""
+
+    def __init__(self, folder: Path, roots: Roots) -> None:
+        self.sources: dict[str, Path] = {}
+        self._folder, self._roots = folder, roots
+
+    def dataset(self, one: DatasetArgs) -> DatasetArgs:
+        changed: dict[str, Any] = {"path": self._source(one.path)}
+        if one.eval_path is not None:
+            changed["eval_path"] = self._source(one.eval_path)
+        if one.chat_template is not None and one.chat_template.endswith(".jinja"):
+            changed["chat_template"] = _template(_local(one.chat_template, self._folder))
+        return one.model_copy(update=changed)
+
+    def training(self, training: TrainingArguments) -> TrainingArguments:
+        changed: dict[str, Any] = {}
+        if training.output_dir is not None:
+            base = self._folder.resolve() if self._roots.inputs is None else self._roots.root
+            changed["output_dir"] = str(base / Path(training.output_dir).expanduser())
+        if isinstance(training.resume_from_checkpoint, str):
+            changed["resume_from_checkpoint"] = self._of_folder(training.resume_from_checkpoint)
+        return training.model_copy(update=changed)
+
+    def opensloth(self, opensloth: OpenSlothConfig) -> OpenSlothConfig:
+        cache = self._roots.cache / Path(opensloth.data_cache_path).expanduser()
         model = opensloth.fast_model_args
-        if _local(model.model_name, folder).is_dir():
-            name = str(_local(model.model_name, folder).resolve())
-            changed["fast_model_args"] = model.model_copy(update={"model_name": name})
+        changed: dict[str, Any] = {
+            "data_cache_path": str(cache),
+            "fast_model_args": model.model_copy(update={"model_name": self._model(model.model_name)}),
+        }
         if opensloth.pretrained_lora is not None:
-            changed["pretrained_lora"] = str(_local(opensloth.pretrained_lora, folder).resolve())
-    return opensloth.model_copy(update=changed)
+            changed["pretrained_lora"] = self._of_folder(opensloth.pretrained_lora)
+        return opensloth.model_copy(update=changed)
+
+    def _source(self, text: str) -> str:
+        if text.startswith(VOLUME_PREFIX):
+            return self._on_volume(text)
+        if is_hub_name(text, self._folder):
+            return text
+        return self._here(text)
+
+    def _model(self, name: str) -> str:
+        """A model beside the file, or a place on the volume; a hub name stays as it is."""
+        if name.startswith(VOLUME_PREFIX) or _local(name, self._folder).is_dir():
+            return self._of_folder(name)
+        return name
+
+    def _of_folder(self, text: str) -> str:
+        """A folder that `problems` has found to be here, or that only pods see."""
+        local = _local(text, self._folder)
+        if self._roots.inputs is None:
+            return str(local.resolve())
+        if text.startswith(VOLUME_PREFIX):
+            return self._on_volume(text)
+        return text if _is_of_volume(text) or not local.is_dir() else self._here(text)
+
+    def _on_volume(self, text: str) -> str:
+        return str(PurePosixPath(self._roots.root) / text.removeprefix(VOLUME_PREFIX).lstrip("/"))
+
+    def _here(self, text: str) -> str:
+        local = _local(text, self._folder).resolve()
+        inputs = self._roots.inputs
+        seen = local if inputs is None else inputs / source_sha256(local) / local.name
+        self.sources[str(seen)] = local
+        return str(seen)
 
 
 def _local(text: str, folder: Path) -> Path:
@@ -168,27 +215,21 @@ def _templates(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{prefix}.chat_template", template
 
 
-def _model_folders(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    opensloth = values.get("opensloth")
-    if not isinstance(opensloth, dict):
-        return
-    model = opensloth.get("fast_model_args")
-    name = model.get("model_name") if isinstance(model, dict) else None
-    for path, text in (("fast_model_args.model_name", name), ("pretrained_lora", opensloth.get("pretrained_lora"))):
-        if isinstance(text, str) and text:
-            yield f"opensloth.{path}", text
+def _folders(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted path, text, a file that is in such a folder, what the folder is) of models, adapters, checkpoints.
 
-
-def _folders_to_go_on_from(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """(dotted path, text, a file that is in such a folder, what the folder is)."""
-    for section, key, marker, what in (
-        ("opensloth", "pretrained_lora", "adapter_config.json", "adapter"),
-        ("training", "resume_from_checkpoint", "manifest.json", "checkpoint"),
+    The file is "" for a model, which may also be a hub name.
+    """
+    for keys, marker, what in (
+        (("opensloth", "fast_model_args", "model_name"), "", "model"),
+        (("opensloth", "pretrained_lora"), "adapter_config.json", "adapter"),
+        (("training", "resume_from_checkpoint"), "manifest.json", "checkpoint"),
     ):
-        given = values.get(section)
-        text = given.get(key) if isinstance(given, dict) else None
-        if isinstance(text, str):
-            yield f"{section}.{key}", text, marker, what
+        found: Any = values
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, str) and found:
+            yield ".".join(keys), found, marker, what
 
 
 def _datasets(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

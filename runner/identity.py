@@ -17,6 +17,9 @@ _GIVE_WAY: Final = {
     "training.eval_strategy",
 }
 """Keys whose default may give way to what the machine or the data allows; a written value never does."""
+_MAY_BE_PATHS: Final = {
+    "path", "eval_path", "data_cache_path", "model_name", "pretrained_lora", "resume_from_checkpoint",
+}  # fmt: skip
 _RUN: Final = re.compile(r"(?P<name>.+)-(?P<content>[0-9a-f]{8})(?:-(?P<fresh>\d{1,4}))?")
 
 
@@ -24,16 +27,18 @@ def content_hash(config: RunConfig, data: Mapping[str, str], job: Mapping[str, A
     """Hex SHA-256 of what decides a run's result.
 
     data: path in `config` -> SHA-256 of what is there. A hash stands in the path's place, so that a moved or
-    renamed file is the same content and an edited one is not. With a `dataset` the cache's place is left out.
+    renamed file or folder is the same content and an edited one is not. With a `dataset` the cache's place is left
+    out.
     job: on a cluster the `job` section.
     """
     content = config.model_dump(mode="json", exclude={"explicit"})
     if config.dataset is not None:
         del content["opensloth"]["data_cache_path"]
-    for source in content["dataset"] or [content["opensloth"]]:
-        for key in ("path", "eval_path", "data_cache_path"):
-            if source.get(key) in data:
-                source[key] = f"sha256:{data[source[key]]}"
+    opensloth = content["opensloth"]
+    for section in (*(content["dataset"] or ()), opensloth, opensloth["fast_model_args"], content["training"]):
+        for key in _MAY_BE_PATHS & section.keys():
+            if section[key] in data:
+                section[key] = f"sha256:{data[section[key]]}"
     content["written"] = sorted(_GIVE_WAY.intersection(config.explicit))
     content["job"] = job
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

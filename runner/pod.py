@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from opensloth import contract
-from runner.quantities import parse_duration
+from runner.grace import LEAST_SECONDS
+from runner.quantities import parse_duration, parse_quantity
 from runner.spec import CACHE_MOUNT, OWN_PREFIX, SHARED_MOUNT, SHARED_VOLUME, JobArgs, TolerationArgs, VolumeArgs
 
 CONFIG_ANNOTATION: Final = f"{OWN_PREFIX}config"
@@ -55,7 +56,7 @@ def pod_template(
                 "serviceAccountName": job.service_account,
                 "enableServiceLinks": False,
                 "priorityClassName": job.priority_class,
-                "terminationGracePeriodSeconds": parse_duration(job.grace_period),
+                "terminationGracePeriodSeconds": _grace_seconds(job),
                 "nodeSelector": job.node_selector,
                 "tolerations": _tolerations(job),
                 "imagePullSecrets": [{"name": name} for name in job.image_pull_secrets],
@@ -88,22 +89,34 @@ def _environment(job: JobArgs) -> list[Manifest]:
 
     RANK, WORLD_SIZE, MASTER_* and PET_* are the operator's: it appends them, so they win.
     """
-    grace = parse_duration(job.grace_period)
     values = {
         contract.ROOT_ENV: SHARED_MOUNT,
         contract.CONFIG_PATH_ENV: f"{CONFIG_MOUNT}/{contract.CONFIG_FILE}",
         contract.MAX_RESTARTS_ENV: str(job.max_restarts),
         contract.START_TIMEOUT_ENV: str(parse_duration(job.start_timeout)),
-        contract.GRACE_ENV: str(max(1, grace - KILL_MARGIN_SECONDS)),
+        contract.GRACE_ENV: str(max(1, _grace_seconds(job) - KILL_MARGIN_SECONDS)),
         **({contract.DEADLINE_ENV: str(parse_duration(job.deadline))} if job.deadline else {}),
         "HOME": "/tmp",
         "TRITON_CACHE_DIR": "/tmp/triton",
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",
         "HF_HOME": f"{SHARED_MOUNT}/hub",
+        **({"OMP_NUM_THREADS": str(_threads(job.cpu, job.processes_per_node))} if job.cpu else {}),
         **job.env,
     }
-    plain: list[Manifest] = [{"name": name, "value": value} for name, value in values.items()]
+    plain: list[Manifest] = [
+        {"name": name, "value": value} for name, value in values.items() if name not in job.secrets
+    ]
     return plain + [_secret(name, reference) for name, reference in job.secrets.items()]
+
+
+def _grace_seconds(job: JobArgs) -> int:
+    """config_file.load_file has put the derived period in; a job by itself has no checkpoint that it could be from."""
+    return parse_duration(job.grace_period) if job.grace_period else LEAST_SECONDS
+
+
+def _threads(cpu: str, processes: int) -> int:
+    """Threads of one process: its share of the pod's cores; torch would take all cores of the node."""
+    return max(1, int(parse_quantity(cpu) / processes))
 
 
 def _secret(name: str, reference: str) -> Manifest:
@@ -121,7 +134,7 @@ def _resources(job: JobArgs) -> Manifest:
             job.gpu_resource: str(job.gpus_per_node) if job.gpus_per_node else None,
         }
     )
-    return {"requests": asked, "limits": dict(asked)}
+    return {"requests": asked, "limits": dict(asked)} if asked else {}
 
 
 def _volumes(job: JobArgs) -> list[Manifest]:
@@ -163,9 +176,12 @@ def _mounts(job: JobArgs) -> list[Manifest]:
 
 
 def _tolerations(job: JobArgs) -> list[Manifest]:
+    """Lost nodes are given up soon, unless the file says otherwise: of two the shorter would count."""
+    theirs = {toleration.key for toleration in job.tolerations if toleration.effect in ("NoExecute", None)}
     lost = [
-        TolerationArgs(key=f"node.kubernetes.io/{taint}", effect="NoExecute", toleration_seconds=LOST_NODE_SECONDS)
-        for taint in ("not-ready", "unreachable")
+        TolerationArgs(key=key, effect="NoExecute", toleration_seconds=LOST_NODE_SECONDS)
+        for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+        if key not in theirs
     ]
     return [_toleration(toleration) for toleration in (*lost, *job.tolerations)]
 

@@ -7,6 +7,7 @@ the API server, and labels of the job are not copied to its pods.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from opensloth import __version__
@@ -17,23 +18,29 @@ from runner.spec import OWN_PREFIX, JobArgs
 
 API_VERSION: Final = "kubeflow.org/v1"
 CONFIG_LIMIT_BYTES: Final = 200 * 1024
-"""All annotations of an object together may have 256 KiB."""
+"""Leaves room for the other annotations."""
+ANNOTATIONS_LIMIT_BYTES: Final = 256 * 1024
+"""Kubernetes' own, for all annotations of an object together."""
+INPUTS_ANNOTATION: Final = f"{OWN_PREFIX}inputs"
+"""Of the job: what it reads of /shared/inputs, separated by commas."""
+POD_NAME_LIMIT: Final = 63
+"""A pod's name is its host name and its service's name too: a DNS label."""
+_OWN_ANNOTATIONS_BYTES: Final = 8 * 1024
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 Manifest = dict[str, Any]
 
 
-def render_pytorchjob(run: str, name: str, content: str, config_text: str, job: JobArgs) -> Manifest:
+def render_pytorchjob(
+    run: str, name: str, content: str, config_text: str, job: JobArgs, inputs: Sequence[str] = ()
+) -> Manifest:
     """The object that a submit creates.
 
     run: its name; content: hex SHA-256 (identity.content_hash); config_text: run_config.dump with the pods' paths.
-    Raises UsageError when the config is too large for an annotation.
+    inputs: paths on the volume of what comes from the submitting machine.
+    Raises UsageError when a name is too long, or the annotations are too large.
     """
-    size = len(config_text.encode())
-    if size > CONFIG_LIMIT_BYTES:
-        raise UsageError(
-            f"the resolved config has {size:,} bytes; an object takes {CONFIG_LIMIT_BYTES:,}",
-            "shorten the chat_template or the list of datasets",
-        )
+    check_pod_names(run, job.nodes)
+    _check_size(config_text, job.annotations)
     labels = {
         "app.kubernetes.io/name": "opensloth",
         "app.kubernetes.io/instance": run,
@@ -52,10 +59,10 @@ def render_pytorchjob(run: str, name: str, content: str, config_text: str, job: 
             **({"namespace": job.namespace} if job.namespace else {}),
             # Not on the pods: there it would make Kueue queue each pod by itself.
             "labels": {**labels, **({QUEUE_LABEL: job.queue} if job.queue else {})},
-            "annotations": annotations,
+            "annotations": {**annotations, **({INPUTS_ANNOTATION: ",".join(sorted(inputs))} if inputs else {})},
         },
         "spec": {
-            "nprocPerNode": str(max(1, job.gpus_per_node)),
+            "nprocPerNode": str(job.processes_per_node),
             "runPolicy": _run_policy(job),
             "pytorchReplicaSpecs": _replicas(job, template),
         },
@@ -69,19 +76,40 @@ def notes(job: JobArgs) -> list[str]:
         said.append("job.ttl removes the object of a succeeded job only: the operator never removes a failed one")
     if job.nodes > 1:
         said.append(f"{job.nodes} pods mount the claim {job.volume}: on several nodes it must be ReadWriteMany")
-    unread = ["job.max_restarts", "job.start_timeout", *(["job.deadline"] if job.deadline else [])]
-    said.append(f"{_listed(unread)} have no effect yet: the launcher of this version does not read them")
     return said
 
 
-def _listed(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+def check_pod_names(run: str, nodes: int) -> None:
+    """The operator calls pods RUN-master-0 and RUN-worker-INDEX, and does not look at the length.
+
+    Raises UsageError when the longest is no name that Kubernetes takes.
+    """
+    longest = f"{run}-worker-{nodes - 2}" if nodes > 1 else f"{run}-master-0"
+    excess = len(longest) - POD_NAME_LIMIT
+    if excess > 0:
+        raise UsageError(
+            f"the pod {longest} would have a name of {len(longest)} characters; Kubernetes takes {POD_NAME_LIMIT}",
+            f"shorten `name` by {excess} character{'s' if excess > 1 else ''}",
+        )
+
+
+def _check_size(config_text: str, annotations: Mapping[str, str]) -> None:
+    size = len(config_text.encode())
+    if size > CONFIG_LIMIT_BYTES:
+        raise UsageError(
+            f"the resolved config has {size:,} bytes; an object takes {CONFIG_LIMIT_BYTES:,}",
+            "shorten the chat_template or the list of datasets",
+        )
+    theirs = sum(len(f"{key}{value}".encode()) for key, value in annotations.items())
+    room = ANNOTATIONS_LIMIT_BYTES - size - _OWN_ANNOTATIONS_BYTES
+    if theirs > room:
+        raise UsageError(f"job.annotations have {theirs:,} bytes; beside the config there is room for {room:,}")
 
 
 def _run_policy(job: JobArgs) -> Manifest:
     """No backoffLimit and no activeDeadlineSeconds: with ExitCode the operator obeys neither.
 
-    job.max_restarts and job.deadline go to the launcher, as variables that it does not act on yet (see notes).
+    job.max_restarts and job.deadline are the launcher's, which gets them as variables.
     """
     policy: Manifest = {"cleanPodPolicy": "Running", "suspend": False}
     if job.ttl:

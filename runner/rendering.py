@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from opensloth import run_config
-from opensloth.fingerprint import source_sha256
 from runner.config_file import LoadedFile
+from runner.data_paths import hash_in
 from runner.identity import content_hash
 from runner.pytorchjob import Manifest, render_pytorchjob
 
@@ -13,11 +13,15 @@ _NOT_CONTENT = {"context", "namespace"}
 
 
 def cluster_content(loaded: LoadedFile) -> str:
-    """Hex SHA-256 of all that decides the result on a cluster: config, data, image and pods."""
-    hashes = {seen: source_sha256(local) for seen, local in loaded.sources.items()}
+    """Hex SHA-256 of all that decides the result on a cluster: config, data, model folders, image and pods.
+
+    loaded: for a target that is a cluster.
+    """
+    hashes = {seen: hash_in(seen) for seen in loaded.sources}
     return content_hash(loaded.run, hashes, loaded.job.model_dump(mode="json", exclude=_NOT_CONTENT))
 
 
 def job_manifest(loaded: LoadedFile, run: str, content: str) -> Manifest:
     """run: its name; content: as cluster_content has it. Raises UsageError when it does not fit an object."""
-    return render_pytorchjob(run, loaded.run.name, content, run_config.dump(loaded.run), loaded.job)
+    config_text = run_config.dump(loaded.run)
+    return render_pytorchjob(run, loaded.run.name, content, config_text, loaded.job, tuple(loaded.sources))

@@ -24,6 +24,13 @@ _OPERATOR_PREFIX: Final = "training.kubeflow.org/"
 _OPERATOR_VARIABLES: Final = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PYTHONUNBUFFERED|PET_.*|OSLO_.*"
 )
+_OWN_LABELS: Final = {
+    "app.kubernetes.io/name": "is set by oslo",
+    "app.kubernetes.io/instance": "is set by oslo",
+    "app.kubernetes.io/managed-by": "is set by oslo",
+    "sidecar.istio.io/inject": "is always false: a sidecar would outlive the training",
+    "kueue.x-k8s.io/queue-name": "is job.queue: on the pods it would queue each by itself",
+}
 _DNS_LABEL: Final = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _DNS_NAME: Final = r"^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$"
 _LABEL_KEY: Final = re.compile(r"(?:[a-z0-9][-.a-z0-9]{0,251}/)?[A-Za-z0-9](?:[-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")
@@ -163,8 +170,8 @@ class JobArgs(JobSection):
     """Training time over all attempts, suspended time left out. None: no end."""
     start_timeout: Duration = "30m"
     """Time within which all pods of an attempt must have started."""
-    grace_period: Duration = "120s"
-    """Time that a pod has to save a checkpoint when it is asked to stop."""
+    grace_period: Duration | None = None
+    """Time that a pod has to save a checkpoint when it is asked to stop. None: from the checkpoint's size."""
     ttl: Duration | None = None
     """Time after which a succeeded job's object is removed; its files stay. None: never."""
 
@@ -182,7 +189,12 @@ class JobArgs(JobSection):
     @property
     def world(self) -> int:
         """Processes of the job."""
-        return self.nodes * max(1, self.gpus_per_node)
+        return self.nodes * self.processes_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes of a pod."""
+        return max(1, self.gpus_per_node)
 
     @property
     def shm_size(self) -> str:
@@ -278,6 +290,8 @@ def _label_problems(values: Mapping[str, Any]) -> list[Problem]:
                 problems.append(
                     Problem(path, "this prefix belongs to oslo or to the training operator", "leave it out")
                 )
+            elif key == "labels" and name in _OWN_LABELS:
+                problems.append(Problem(path, _OWN_LABELS[name], "leave it out"))
             elif key != "annotations" and isinstance(value, str) and not _LABEL_VALUE.fullmatch(value):
                 expected = "expected at most 63 letters, digits, '-', '_' and '.'"
                 problems.append(Problem(path, f"{expected}, got {shown(value)}"))

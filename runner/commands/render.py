@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from opensloth import contract, run_config
-from opensloth.fingerprint import source_sha256
+from opensloth import contract
 from runner import output
 from runner.commands.common import file_argument, set_option, settings
 from runner.config_file import Target, load_file
-from runner.identity import content_hash, run_id
-from runner.pytorchjob import notes, render_pytorchjob
+from runner.identity import run_id
+from runner.pytorchjob import notes
+from runner.rendering import cluster_content, job_manifest
 from runner.spec import SHARED_MOUNT
 
 
@@ -35,10 +35,8 @@ def render(file: Path, sets: tuple[str, ...], form: str) -> None:
     """
     root = Path(SHARED_MOUNT)
     loaded = load_file(file, sets, settings().defaults, Target(root, root / contract.INPUTS_DIR))
-    hashes = {seen: source_sha256(local) for seen, local in loaded.sources.items()}
-    content = content_hash(loaded.run, hashes, loaded.job.model_dump(mode="json", exclude={"context"}))
-    run = run_id(loaded.run.name, content)
-    manifest = render_pytorchjob(run, loaded.run.name, content, run_config.dump(loaded.run), loaded.job)
+    content = cluster_content(loaded)
+    manifest = job_manifest(loaded, run_id(loaded.run.name, content), content)
     for note in notes(loaded.job):
         output.say(f"note: {note}")
     for seen, local in loaded.sources.items():
