@@ -37,7 +37,7 @@ dataset:
 #   warmup_steps: 10
 #   optim: adamw_8bit              # needs CUDA and gives way without it
 
-# job:                             # for a cluster; `oslo render` prints the PyTorchJob
+# job:                             # for `oslo submit` on a cluster; `oslo render` prints the PyTorchJob
 #   image: registry.example/opensloth:1.0
 #   volume: training               # the claim that every pod mounts at /shared
 #   nodes: 1

@@ -40,7 +40,7 @@ def render(file: Path, sets: tuple[str, ...], form: str) -> None:
     for note in notes(loaded.job):
         output.say(f"note: {note}")
     for seen, local in loaded.sources.items():
-        output.say(f"note: pods read {local} as {seen}: copy it to the volume first")
+        output.say(f"note: pods read {local} as {seen}: `oslo submit` copies it there")
     if form == "json":
         output.show_json(manifest)
     else:

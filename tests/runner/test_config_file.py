@@ -8,7 +8,9 @@ import pytest
 from config_cases import BAD_CASES, GOOD_CASES, Case
 from golden import assert_golden
 
+from opensloth.fingerprint import source_sha256
 from runner.config_file import LoadedFile, Target, load_file
+from runner.data_paths import hash_in
 from runner.errors import InvalidFileError
 
 DOC = Path(__file__).parents[2] / "docs" / "config-errors.md"
@@ -72,6 +74,79 @@ def test_a_path_of_the_volume() -> None:
     loaded = load(Case("", f"{text}job: {{image: i, volume: v}}\n", cluster=True))
     assert loaded.run.dataset is not None
     assert loaded.run.dataset[0].path == "/shared/d/x.jsonl"
+
+
+CLUSTER = "job: {image: i, volume: v}\n"
+
+
+def folder(path: str, **files: str) -> Path:
+    """files: name without `.json` -> content."""
+    Path(path).mkdir(parents=True)
+    for name, text in files.items():
+        Path(path, f"{name}.json").write_text(text)
+    return Path(path).resolve()
+
+
+def test_on_a_cluster_folders_of_this_machine_are_inputs() -> None:
+    model, lora = folder("m", config="{}"), folder("lora", adapter_config="{}")
+    checkpoint = folder("runs/step-00000020", manifest="{}")
+    text = (
+        "opensloth: {fast_model_args: {model_name: m}, pretrained_lora: ./lora}\ndataset: {path: train.jsonl}\n"
+        f"training: {{resume_from_checkpoint: {checkpoint}}}\n{CLUSTER}"
+    )
+    loaded = load(Case("", text, cluster=True))
+    named = {seen: local for seen, local in loaded.sources.items() if local.is_dir()}
+    assert named == {
+        f"/shared/inputs/{source_sha256(local)}/{local.name}": local for local in (model, lora, checkpoint)
+    }
+    found = (
+        loaded.run.opensloth.fast_model_args.model_name,
+        loaded.run.opensloth.pretrained_lora,
+        loaded.run.training.resume_from_checkpoint,
+    )
+    assert found == tuple(named)
+    assert {hash_in(seen) for seen in named} == {source_sha256(local) for local in named.values()}
+
+
+def test_on_a_cluster_a_folder_is_checked_as_here() -> None:
+    folder("empty")
+    text = f"{GOOD_CASES[0].text}{CLUSTER}"
+    with pytest.raises(InvalidFileError, match=r"empty is no adapter: it holds no adapter_config\.json"):
+        load(Case("", text, sets=("opensloth.pretrained_lora=empty",), cluster=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ("a/b", "a/b"),
+        ("pvc:models/a", "/shared/models/a"),
+        ("pvc:/models/a", "/shared/models/a"),
+        ("/shared/models/a", "/shared/models/a"),
+        ("/models/of/the/image", "/models/of/the/image"),
+    ],
+)
+def test_models_that_only_pods_see_stay_as_they_are(given: str, resolved: str) -> None:
+    sets = (f"opensloth.fast_model_args.model_name={given}",)
+    loaded = load(Case("", f"{GOOD_CASES[0].text}{CLUSTER}", sets=sets, cluster=True))
+    assert loaded.run.opensloth.fast_model_args.model_name == resolved
+    assert [local.name for local in loaded.sources.values()] == ["train.jsonl"]
+
+
+def test_in_a_local_run_a_model_folder_is_read_in_place() -> None:
+    model = folder("m", config="{}")
+    loaded = load(Case("", GOOD_CASES[0].text, sets=("opensloth.fast_model_args.model_name=m",)))
+    assert loaded.run.opensloth.fast_model_args.model_name == str(model)
+    assert [local.name for local in loaded.sources.values()] == ["train.jsonl"]
+
+
+def test_the_grace_period_says_where_it_comes_from() -> None:
+    full = ("opensloth.fast_model_args={model_name: a/model-7b, full_finetuning: true}",)
+    loaded = load(Case("", GOOD_CASES[0].text, sets=full))
+    assert loaded.job.grace_period == "270s"
+    assert loaded.origins["job.grace_period"] == "derived: a checkpoint of 42.0 GB at 200 MB/s"
+    loaded = load(Case("", GOOD_CASES[0].text, sets=(*full, "job.grace_period=10m")))
+    assert loaded.job.grace_period == "10m"
+    assert loaded.origins["job.grace_period"] == "--set job.grace_period=10m"
 
 
 def test_a_template_file_is_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from opensloth.run_config import RunConfig, check
 from runner.config_file import Target, load_file, name_from_stem
 from runner.identity import content_hash, latest_of_content, name_of, next_fresh, run_id
+from runner.rendering import cluster_content
 
 
 def config(path: str = "/data/train.jsonl", model: dict[str, Any] | None = None, **training: Any) -> RunConfig:
@@ -26,6 +27,25 @@ def test_the_same_data_elsewhere_is_the_same_content() -> None:
     here, there = config("/here/a.jsonl"), config("/there/b.jsonl")
     assert content_hash(here, {"/here/a.jsonl": "1" * 64}) == content_hash(there, {"/there/b.jsonl": "1" * 64})
     assert content_hash(here, {"/here/a.jsonl": "1" * 64}) != content_hash(here, {"/here/a.jsonl": "2" * 64})
+
+
+def test_on_a_cluster_a_model_folder_is_its_bytes(sft: Path, tmp_path: Path) -> None:
+    def content(name: str, weights: str) -> str:
+        model = tmp_path / name
+        model.mkdir()
+        (model / "model.safetensors").write_text(weights)
+        sets = [f"opensloth.fast_model_args.model_name={model}", "job={image: i, volume: v}"]
+        return cluster_content(load_file(sft, sets, None, Target(Path("/shared"), Path("/shared/inputs"))))
+
+    first = content("model", "1")
+    assert first == content("moved", "1")
+    assert first != content("edited", "2")
+
+
+def test_a_path_on_the_volume_is_itself() -> None:
+    here = config(model={"model_name": "/shared/models/a"})
+    assert content_hash(here, {"/shared/models/a": "1" * 64}) != content_hash(here, {})
+    assert content_hash(here, {}) != content_hash(config(model={"model_name": "/shared/models/b"}), {})
 
 
 def test_what_is_written_out_is_the_same_content_as_the_default() -> None:

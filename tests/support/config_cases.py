@@ -45,6 +45,14 @@ GOOD_CASES = [
         defaults="job: {image: registry.example/opensloth:1.0, volume: training, env: {TZ: UTC}}\n",
         cluster=True,
     ),
+    Case(
+        "A model and a checkpoint on the cluster's volume",
+        "opensloth: {fast_model_args: {model_name: 'pvc:models/a'}}\n"
+        + DATA
+        + "training: {resume_from_checkpoint: /shared/runs/a-12345678/checkpoints/step-00000020}\n"
+        + "job: {image: registry.example/opensloth:1.0, volume: training}\n",
+        cluster=True,
+    ),
     Case("Anchors", MODEL + "dataset:\n  - &one {path: train.jsonl}\n  - *one\n"),
 ]
 
@@ -149,6 +157,20 @@ BAD_CASES = [
         ],
     ),
     Case(
+        "Folders that pods are to get from this machine, and that are not there",
+        "opensloth: {fast_model_args: {model_name: ./model}, pretrained_lora: out/adapter}\n"
+        + DATA
+        + "training: {resume_from_checkpoint: step-00000020}\n"
+        + "job: {image: registry.example/opensloth:1.0, volume: training}\n",
+        [
+            "3 problems in sft.yaml:",
+            "sft.yaml:1: opensloth.fast_model_args.model_name: no such folder: model",
+            "sft.yaml:1: opensloth.pretrained_lora: no such folder: out/adapter (there is no folder out)",
+            "sft.yaml:3: training.resume_from_checkpoint: no such folder: step-00000020",
+        ],
+        cluster=True,
+    ),
+    Case(
         "No data at all",
         MODEL,
         [
@@ -247,6 +269,19 @@ BAD_CASES = [
         ],
     ),
     Case(
+        "Labels that are oslo's own or would harm",
+        GOOD + "job:\n  labels:\n    app.kubernetes.io/name: mine\n    kueue.x-k8s.io/queue-name: batch\n"
+        "    sidecar.istio.io/inject: 'true'\n",
+        [
+            "3 problems in sft.yaml:",
+            "sft.yaml:5: job.labels.app.kubernetes.io/name: is set by oslo (leave it out)",
+            "sft.yaml:6: job.labels.kueue.x-k8s.io/queue-name: is job.queue: on the pods it would queue each by itself "
+            "(leave it out)",
+            "sft.yaml:7: job.labels.sidecar.istio.io/inject: is always false: a sidecar would outlive the training "
+            "(leave it out)",
+        ],
+    ),
+    Case(
         "A cluster without an image",
         GOOD + "job: {nodes: 2}\n",
         [
@@ -270,9 +305,11 @@ BAD_CASES = [
     ),
     Case(
         "A volume's path in a local run",
-        MODEL + "dataset: {path: 'pvc:data/train.jsonl'}\n",
+        "opensloth: {fast_model_args: {model_name: 'pvc:models/a'}}\ndataset: {path: 'pvc:data/train.jsonl'}\n",
         [
-            "1 problem in sft.yaml:",
+            "2 problems in sft.yaml:",
+            "sft.yaml:1: opensloth.fast_model_args.model_name: pvc:models/a is on a cluster's volume, which a local "
+            "run cannot read (give a folder of this machine)",
             "sft.yaml:2: dataset.path: pvc:data/train.jsonl is on a cluster's volume, which a local run cannot read "
             "(give a file of this machine)",
         ],
