@@ -29,7 +29,7 @@ COMMANDS: Final = {
     "wait": ("jobs", "Wait until a run is over; the exit code says how it ended."),
     "cancel": ("jobs", "Save a checkpoint and stop; the run can be resumed."),
     "resume": ("jobs", "Go on from the last checkpoint."),
-    "pull": ("pull", "Copy the result of a run into a folder."),
+    "pull": ("pull", "Copy the result of a run into a folder, each file checked by its hash."),
     "delete": ("jobs", "Delete a run; on a cluster its files stay unless you say --files."),
     "data": ("data", "Look at, build and tidy up prepared datasets."),
     "completion": ("completion", "Print the shell code that completes oslo's commands."),

@@ -49,7 +49,7 @@ def same_losses(ours: dict[int, float], theirs: dict[int, float]) -> bool:
 def test_two_nodes_train_the_rows_of_one_plan_with_the_losses_of_one_process(
     cluster: OnCluster, here: Here, model: Path, tmp_path: Path
 ) -> None:
-    file = write_job(tmp_path, model, max_steps=None, num_train_epochs=1, global_batch_size=4)
+    file = write_job(tmp_path, model, max_steps=-1, num_train_epochs=1, global_batch_size=4)
     debug = ("--set", "opensloth.log_level=debug")
     answer = cluster.submit(file, *debug, "--follow")
     assert answer.code == 0, answer.err
@@ -74,7 +74,7 @@ def test_the_second_run_with_the_same_data_finds_it_prepared(cluster: OnCluster,
     file = write_job(tmp_path, model)
     first = cluster.submit(file, "--follow")
     assert first.code == 0, first.err
-    assert "copied" in first.err or "upload" in first.err, first.err
+    assert f"copying train-{file.stem.removeprefix('e2e-')}.jsonl: " in first.err
     second = cluster.submit(file, "--set", "training.learning_rate=1e-4", "--follow")
     assert second.code == 0, second.err
     assert second.handle != first.handle
@@ -158,7 +158,7 @@ def test_a_deleted_job_is_still_told_by_its_files(cluster: OnCluster, model: Pat
     assert cluster.oslo("pull", run, tmp_path / "result").code == 0
     again = cluster.submit(file, "--follow")
     assert again.code == 0, again.err
-    assert "has succeeded already" in again.out + again.err
+    assert "this run has already succeeded" in again.out
     assert cluster.oslo("delete", run, "-y", "--files").code == 0
     assert cluster.oslo("status", run).code == 102
 
