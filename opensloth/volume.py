@@ -80,25 +80,28 @@ def receive(root: Path, name: str, *, folder: bool, fresh: bool, need: int) -> N
 
 def _receive_files(stream: BinaryIO, wanted: Input, partial: Partial) -> None:
     """Until it is complete, by this or by another upload."""
-    ticks = _Ticks()
-    while True:
-        order = _order(stream)
-        if "commit" in order:
-            return partial.commit()
-        if wanted.is_complete():
-            return partial.discard()
-        try:
+    ticks = _Ticks(wanted)
+    try:
+        while "commit" not in (order := _order(stream)):
+            ticks.require_incomplete()
             partial.receive(stream, order["file"], order["size"], order["offset"], ticks.count)
-        except VolumeError:
-            if not wanted.is_complete():
-                raise
-            return None  # whoever completed it has cleared this partial away
+        partial.commit()
+    except _AlreadyComplete:
+        partial.discard()
+    except VolumeError:
+        if not wanted.is_complete():
+            raise  # else: whoever completed it has cleared this partial away
+
+
+class _AlreadyComplete(Exception):
+    """Another upload was first."""
 
 
 class _Ticks:
-    """Says how much has arrived, now and then: the sender goes on when it hears so."""
+    """Says how much has arrived, now and then: the sender goes on when it hears so. And looks for other uploads."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Input) -> None:
+        self._input = wanted
         self._total, self._said, self._time = 0, 0, time.monotonic()
 
     def count(self, received: int) -> None:
@@ -107,6 +110,11 @@ class _Ticks:
         if self._total - self._said >= _TICK_BYTES or now - self._time >= _TICK_SECONDS:
             emit({"received": self._total})
             self._said, self._time = self._total, now
+            self.require_incomplete()
+
+    def require_incomplete(self) -> None:
+        if self._input.is_complete():
+            raise _AlreadyComplete
 
 
 def _require_space(root: Path, need: int) -> None:

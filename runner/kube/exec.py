@@ -46,8 +46,9 @@ class Channel:
         self._stderr = bytearray()
         self._status: dict[str, Any] | None = None
         self._closed = False
+        self._why = ""
         if websocket.sock is None:
-            raise self._lost("it was closed")
+            raise self._lost("")
         self._socket = websocket.sock
         websocket.settimeout(_STALL_SECONDS)
         self._poll = select.poll()
@@ -98,9 +99,9 @@ class Channel:
         try:
             kind, frame = self._websocket.recv_data_frame(True)
         except (WebSocketException, OSError) as error:
-            if self._status is None:
-                raise self._lost(error) from error
-            kind = ABNF.OPCODE_CLOSE  # it had ended, and the server was short with its goodbye
+            self._why = str(error)  # harmless when the command has ended: some servers skip the goodbye
+            self.close()
+            return b""
         if kind == ABNF.OPCODE_CLOSE:
             self.close()
         elif kind in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:
@@ -142,7 +143,7 @@ class Channel:
     def _raise_unless_run(self) -> None:
         """Raises unless the command ran to its end."""
         if self._status is None:
-            raise self._lost("it was closed")
+            raise self._lost(self._why)
         if _exit_code(self._status) is None:
             raise ClusterError(f"{self._what} could not be run: {self._status.get('message')}")
 

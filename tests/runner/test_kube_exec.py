@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 from kubernetes import client
@@ -39,9 +43,13 @@ class Server:
         self._connection, self.request = connection, request
 
     def frame(self, channel: int, data: bytes) -> None:
-        payload = bytes([channel]) + data
-        length = struct.pack("!BBQ", 0x82, 127, len(payload))
-        self._connection.sendall(length + payload)
+        self.frames((channel, data))
+
+    def frames(self, *frames: tuple[int, bytes]) -> None:
+        """In one piece."""
+        lengths = [struct.pack("!BBQ", 0x82, 127, len(data) + 1) for _, data in frames]
+        parts = [length + bytes([channel]) + data for length, (channel, data) in zip(lengths, frames, strict=True)]
+        self._connection.sendall(b"".join(parts))
 
     def goodbye(self) -> None:
         self._connection.sendall(b"\x88\x00")
@@ -74,13 +82,15 @@ class Server:
 
 
 @contextmanager
-def serving(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
+def serving(answer: Callable[[socket.socket, bytes], None], tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """The address of a server that answers one connection: it is given the socket and the request's head."""
     failures: list[BaseException] = []
 
     def serve() -> None:
         try:
             connection, _ = listener.accept()
+            if tls is not None:
+                connection = tls.wrap_socket(connection, server_side=True)
             with closing(connection):
                 head = b""
                 while not head.endswith(b"\r\n\r\n"):
@@ -92,13 +102,15 @@ def serving(answer: Callable[[socket.socket, bytes], None]) -> Iterator[str]:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http{'s' * (tls is not None)}://127.0.0.1:{listener.getsockname()[1]}"
         thread.join(10)
     assert failures == []
 
 
 @contextmanager
-def running(script: Callable[[Server], None], command: list[str] | None = None) -> Iterator[Channel]:
+def running(
+    script: Callable[[Server], None], command: list[str] | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[Channel]:
     """A channel to a server that goes through `script`."""
 
     def answer(connection: socket.socket, head: bytes) -> None:
@@ -110,7 +122,7 @@ def running(script: Callable[[Server], None], command: list[str] | None = None) 
         )
         script(Server(connection, head))
 
-    with serving(answer) as address:
+    with serving(answer, tls) as address:
         channel = connect(address, command or ["cat"])
         try:
             yield channel
@@ -121,6 +133,7 @@ def running(script: Callable[[Server], None], command: list[str] | None = None) 
 def connect(address: str, command: list[str]) -> Channel:
     settings = client.Configuration()
     settings.host = address
+    settings.verify_ssl = False
     settings.api_key = {"authorization": "token-of-the-user"}
     settings.api_key_prefix = {"authorization": "Bearer"}
     return open_exec(client.ApiClient(settings), "team", "oslo-helper-1", command)
@@ -155,10 +168,31 @@ def test_bytes_both_ways() -> None:
         assert (channel.exit_code, channel.stderr) == (0, "wörds")
 
 
-def test_its_exit_code() -> None:
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+def test_what_tls_has_decrypted_already(tmp_path: Path) -> None:
+    """Two frames in one record: nothing more comes on the socket after the first was read."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost".split()
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+
+    def script(server: Server) -> None:
+        server.frames((1, b"first"), (1, b"second"))
+        server.receive(1)
+
+    with running(script, tls=tls) as channel:
+        assert channel.receive(10) == b"first"
+        assert channel.receive(1) == b"second"
+        channel.send(b"x")
+
+
+@pytest.mark.parametrize("politely", [True, False])
+def test_its_exit_code(politely: bool) -> None:
     def script(server: Server) -> None:
         server.frame(3, EXIT_3)
-        server.goodbye()
+        if politely:
+            server.goodbye()
 
     with running(script) as channel:
         assert rest(channel) == b""

@@ -7,8 +7,10 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +233,10 @@ def test_another_hash_than_announced(tmp_path: Path, root: Path) -> None:
     source = some_file(tmp_path, 2)
     sources = as_input(source)
     source.write_bytes(b"x" + source.read_bytes()[1:])
+    volume = FolderVolume(root)
     with pytest.raises(RunnerError, match=r"train\.jsonl changed while it was being copied"):
-        transfer.upload(FolderVolume(root), sources, lambda event: None)
+        transfer.upload(volume, sources, lambda event: None)
+    assert volume.verbs == ["have", "receive"], "it was sent twice"
     assert [path for path in (root / "inputs").rglob("*") if path.is_file()] == []
 
 
@@ -284,6 +288,32 @@ def test_two_of_the_same_content_at_once(tmp_path: Path, root: Path, kind: str) 
             done.result()
 
     assert source_sha256(place(root, source)) == source_sha256(source)
+    assert leftovers(root) == []
+
+
+def test_one_is_complete_before_the_other(tmp_path: Path, root: Path) -> None:
+    source = some_file(tmp_path, 100)
+
+    def others_upload(stream: ProcessStream) -> None:
+        transfer.upload(FolderVolume(root), as_input(source), lambda event: None)
+
+    volume = FolderVolume(root, once("receive", after(10 * MIB, others_upload)))
+    report = transfer.upload(volume, as_input(source), lambda event: None)
+    assert report.sent_bytes < 60 * MIB, "it did not notice"
+    assert place(root, source).read_bytes() == source.read_bytes()
+    assert leftovers(root) == []
+
+
+def test_the_largest_of_what_was_broken_off(tmp_path: Path, root: Path) -> None:
+    source = some_file(tmp_path, 20)
+    sha256 = source_sha256(source)
+    for token, mebibytes in (("a", 3), ("b", 17), ("c", 5)):
+        partial = root / "inputs" / f".{sha256}.{token}.partial"
+        partial.mkdir(parents=True)
+        (partial / "content").write_bytes(source.read_bytes()[: mebibytes * MIB])
+    report = transfer.upload(FolderVolume(root), as_input(source), lambda event: None)
+    assert report.sent_bytes == 3 * MIB
+    assert place(root, source).read_bytes() == source.read_bytes()
     assert leftovers(root) == []
 
 
@@ -347,6 +377,24 @@ def test_a_volume_that_fills_up_meanwhile(tmp_path: Path, small_disk: Path) -> N
     report = transfer.upload(FolderVolume(small_disk), as_input(source), lambda event: None)
     assert report.sent_bytes < 6 * MIB, "what had arrived was lost"
     assert place(small_disk, source).read_bytes() == source.read_bytes()
+
+
+def test_the_last_word_before_the_connection_broke(tmp_path: Path, small_disk: Path) -> None:
+    source = some_file(tmp_path, 7)
+
+    def fill_and_break(stream: ProcessStream) -> None:
+        with suppress(OSError), (small_disk / "hog").open("wb", buffering=0) as hog:
+            while True:
+                hog.write(bytes(MIB // 16))
+        stream.process.stdin.write(bytes(MIB))
+        while not stream.stderr:
+            time.sleep(0.01)
+        raise channel.LostError("reset by peer")
+
+    volume = FolderVolume(small_disk, once("receive", after(2 * MIB, fill_and_break)))
+    with pytest.raises(VolumeError, match="no space is left on the volume"):
+        transfer.upload(volume, as_input(source), lambda event: None)
+    assert volume.verbs == ["have", "receive"]
 
 
 def test_a_volume_that_is_read_only(tmp_path: Path, small_disk: Path) -> None:
