@@ -29,8 +29,9 @@ lint: $(INSTALLED) ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-e2e: $(INSTALLED) ## end-to-end tests on one machine: the quickstart, as a user runs it
-	$(BIN)/python examples/quickstart/run.py
+e2e: $(INSTALLED) ## end-to-end tests on the cluster of KUBECONFIG, whose admin you are (docs/development.md)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m e2e --timeout 900 -p no:randomly $(E2E_ARGS) \
+	  -o addopts="--import-mode=importlib --strict-markers -ra"
 
 bench: $(INSTALLED) ## time the preparation of data
 	$(BIN)/python benchmarks/prepare.py

@@ -168,6 +168,14 @@ class KubernetesBackend:
         except MissingError:
             return None
 
+    def has_other_settings(self, run: str, manifest: Manifest) -> bool:
+        """Whether the run's object differs from `manifest` in what is not its content: a deadline, say."""
+        job = self.find(run)
+        if job is None:
+            return False
+        ours, theirs = manifest["spec"], job["spec"]
+        return any(ours[key] != theirs.get(key) for key in ("nprocPerNode", "pytorchReplicaSpecs"))
+
     def missing_pods(self, run: str) -> tuple[int, list[str]]:
         """(how many pods are not there yet, why they could not be created)."""
         job = self._job(run)

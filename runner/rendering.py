@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from opensloth import run_config
 from runner.config_file import LoadedFile
 from runner.data_paths import hash_in
 from runner.identity import content_hash
 from runner.pytorchjob import Manifest, render_pytorchjob
 
-_NOT_CONTENT = {"context", "namespace"}
-"""Where a job runs is not what it does."""
+_NOT_CONTENT: Final = {
+    *("context", "namespace", "queue", "priority_class"),
+    *("deadline", "max_restarts", "start_timeout", "grace_period", "ttl"),
+}
+"""Where a job runs, when and for how long is not what it does: with a longer deadline the same run goes on."""
 
 
 def cluster_content(loaded: LoadedFile) -> str:

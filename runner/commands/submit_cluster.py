@@ -68,6 +68,8 @@ def _submit(backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: 
     output.say(f"into {backend.cluster.where}")
     for note in notes(loaded.job):
         output.say(f"note: {note}")
+    if standing is Outcome.ATTACHED and backend.has_other_settings(run, manifest):
+        output.say("note: the running job keeps its own settings of `job`; cancel it and submit again to change them")
     if standing in (Outcome.ATTACHED, Outcome.ALREADY_SUCCEEDED):
         return standing
     confirm("Submit?", yes)

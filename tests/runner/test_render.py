@@ -181,6 +181,8 @@ def test_other_content_is_another_run() -> None:
         return cluster_content(load(golden_input("one-gpu"), *sets))
 
     assert content() == content("job.context=other") == content("job.namespace=other")
+    # With more time, or from another queue, the same run goes on from its checkpoint.
+    assert content() == content("job.deadline=9h") == content("job.max_restarts=9") == content("job.queue=other")
     assert len({content(), content("job.image=other"), content("training.seed=1"), content("job.nodes=2")}) == 4
 
 
