@@ -78,8 +78,9 @@ def test_the_second_run_with_the_same_data_finds_it_prepared(cluster: OnCluster,
     second = cluster.submit(file, "--set", "training.learning_rate=1e-4", "--follow")
     assert second.code == 0, second.err
     assert second.handle != first.handle
-    assert "found in the cache" in second.out
-    assert "found in the cache" not in first.out.partition("[0]")[0].replace("[launcher 1]", "")
+    assert "dataset prepared: " in first.out
+    assert second.out.count("dataset found in the cache: ") == 2  # once for each pod
+    assert "dataset prepared: " not in second.out
 
 
 @pytest.mark.parametrize("victim", ["worker-0", "master-0"])

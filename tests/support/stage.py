@@ -131,7 +131,8 @@ def write_job(folder: Path, model: Path, *, rows: int = 120, bad_row: bool = Fal
     if bad_row:
         lines.insert(2, json.dumps({"messages": "not a conversation"}))
     data.write_text("\n".join(lines) + "\n")
-    settings = {"max_steps": 6, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "optim": "adamw_torch"}
+    settings = {"max_steps": 6, "learning_rate": 1e-3, "optim": "adamw_torch"}
+    settings |= {} if "global_batch_size" in training else {"gradient_accumulation_steps": 1}
     values = {
         "name": f"e2e-{token}",
         "opensloth": {
