@@ -7,6 +7,7 @@ RunnerError               1    message + hint: what went wrong, what to do next
 ├── BusyError             1    the run is in a state in which this cannot be done
 ├── LaunchError           1    the launcher ended before it had started
 ├── ClusterError          1    the cluster refuses or does not answer (see runner.kube.errors)
+│   └── UnreachableError  1    no answer, or one that says to ask again
 ├── JobFailedError        100
 ├── NotFoundError         102  no such run
 ├── JobCancelledError     103  cancelled or deleted
@@ -57,6 +58,10 @@ class LaunchError(RunnerError):
 
 
 class ClusterError(RunnerError):
+    pass
+
+
+class UnreachableError(ClusterError):
     pass
 
 

@@ -5,7 +5,8 @@ ClusterError (runner.errors)
 ├── MissingError       the object is not there
 ├── ConflictError      the object is there already, or has changed meanwhile
 ├── RefusedError       the object is not valid, or a policy forbids it
-└── UnreachableError   no answer from the API server
+└── UnreachableError   no answer from the API server (runner.errors)
+    └── UnavailableError   it answers that it cannot now, or cannot reach the node that a log or a command is on
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import urllib3
 from kubernetes.client.exceptions import ApiException
 
-from runner.errors import ClusterError
+from runner.errors import ClusterError, UnreachableError
 
 ROLE_OF = {"pods": "oslo-helper", "pods/exec": "oslo-helper", "workloads": "oslo-queues"}
 """Resource -> the Role of k8s/ that allows what changes it; all else is oslo-submitter's."""
@@ -38,7 +39,7 @@ class RefusedError(ClusterError):
     pass
 
 
-class UnreachableError(ClusterError):
+class UnavailableError(UnreachableError):
     pass
 
 
@@ -58,11 +59,11 @@ def explain(error: Exception, verb: str, resource: str, where: str) -> ClusterEr
 
 def _refused(error: ApiException, verb: str, resource: str, what: str) -> ClusterError:
     says = _message(error)
-    if error.status == 401:
+    if error.status == 401 or 'User "system:anonymous" cannot' in says:
         return ForbiddenError(
             f"the cluster does not know you: {what}: {says}", "log in again; see `kubectl auth whoami`"
         )
-    if error.status == 403 and "violates PodSecurity" not in says and "exceeded quota" not in says:
+    if error.status == 403 and " cannot " in says.partition(" is forbidden: User ")[2]:
         reads = verb in ("get", "list") and resource != "pods/exec"
         role = "oslo-submitter" if reads else ROLE_OF.get(resource, "oslo-submitter")
         hint = f"an admin can allow it with the Role {role} (k8s/README.md): verb {verb}, resource {resource}"
@@ -75,7 +76,10 @@ def _refused(error: ApiException, verb: str, resource: str, what: str) -> Cluste
         return ConflictError(f"{what}: {says}")
     if error.status in (400, 403, 422):
         return RefusedError(f"the cluster refuses to {what}: {says}")
-    return ClusterError(f"{what}: the cluster answered {error.status}: {says}")
+    said = f"{what}: the cluster answered {error.status}: {says}"
+    if error.status == 429 or error.status >= 500:
+        return UnavailableError(said, "try again; if it stays so, ask the cluster's admin")
+    return ClusterError(said)
 
 
 def _message(error: ApiException) -> str:
