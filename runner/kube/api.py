@@ -73,8 +73,14 @@ class Cluster:
                     f"no cluster is configured: there is no {access.files}",
                     "set KUBECONFIG or --kubeconfig; or train on this machine with --local",
                 )
+        except ClusterError:
+            raise
         except (ConfigException, OSError) as error:
             raise ClusterError(f"the kubeconfig cannot be used: {error}", f"see {access.files}") from error
+        except Exception as error:  # the client's library does not check what stands in the file
+            says = " ".join(str(error).split())
+            message = f"the kubeconfig cannot be read: {type(error).__name__}: {says}"
+            raise ClusterError(message, f"see {access.files}") from error
         settings.retries = urllib3.Retry(
             _RETRIES, connect=1, backoff_factor=0.2, status_forcelist=(429, 503), raise_on_status=False
         )
@@ -122,7 +128,8 @@ class Cluster:
         tail: the last so many; since: an RFC 3339 time, of which the API counts whole seconds.
         """
         response = self._log_request(pod, tail, since, follow=False)
-        return str(response.data.decode(errors="replace")).splitlines()
+        data = self._data(response, "get", "pods/log")
+        return [line.decode(errors="replace") for line in data.removesuffix(b"\n").split(b"\n")] if data else []
 
     def follow_log(self, pod: str, *, since: str | None = None) -> Iterator[str]:
         """Such lines as they come, until the container ends or the connection does: the caller asks again."""
@@ -163,7 +170,23 @@ class Cluster:
         verb: str | None = None,
     ) -> Manifest:
         response = self._send(method, self._path(resource, name), query or [], body, resource.plural, verb)
-        answer: Manifest = json.loads(response.data)
+        return self._parsed(self._data(response, verb or _VERB[method], resource.plural))
+
+    def _data(self, response: urllib3.HTTPResponse, verb: str, resource: str) -> bytes:
+        """The whole body, which may break off after the head has come."""
+        try:
+            data: bytes = response.data
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise explain(error, verb, resource, self.where) from error
+        return data
+
+    def _parsed(self, data: bytes) -> Manifest:
+        try:
+            answer: Manifest = json.loads(data)
+        except ValueError as error:
+            says = " ".join(data[:200].decode(errors="replace").split())
+            message = f"what answers at {self.api_client.configuration.host} is no API server: {says!r}"
+            raise ClusterError(message, "does a proxy or a login page stand in between? See the kubeconfig") from error
         return answer
 
     def _send(
