@@ -120,7 +120,7 @@ class _Ticks:
 def _require_space(root: Path, need: int) -> None:
     free = shutil.disk_usage(nearest_existing(root)).free
     if need > free:
-        hint = "free some: python -m opensloth.prune, or oslo delete RUN"
+        hint = "free some: oslo delete RUN --files; the pruning job of k8s/ does so every night"
         raise VolumeError(f"the volume at {root} has {free:,} bytes free, and {need:,} are needed", hint, "full")
 
 

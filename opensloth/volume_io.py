@@ -84,7 +84,7 @@ def explain(error: OSError, root: Path) -> VolumeError:
     path = Path(str(error.filename)) if error.filename else root
     if error.errno in _FULL:
         free = human_bytes(shutil.disk_usage(root).free)
-        hint = "free some: python -m opensloth.prune, or oslo delete RUN; what was copied stays, and is gone on from"
+        hint = "free some: oslo delete RUN --files; what was copied stays, and is gone on from"
         return VolumeError(f"no space is left on the volume at {root} ({free} free)", hint, kind="full")
     if error.errno in _FORBIDDEN:
         where = nearest_existing(path)

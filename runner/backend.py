@@ -66,7 +66,7 @@ class RunStatus:
     exit_code: int | None = None
     """Of the launcher."""
     started: float | None = None
-    """The first attempt."""
+    """The first attempt; on a cluster the job's object."""
     ended: float | None = None
     folder: str | None = None
     """The run folder."""

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from opensloth.run_config import RunConfig, load
-from runner import cluster_logs, cluster_status
+from runner import cluster_logs, cluster_status, kueue
 from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
 from runner.cluster_history import ClusterHistory
 from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, Manifest, has_started, is_cancelled, is_over, node_of
 from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError
 from runner.helper import Helper
 from runner.identity import name_of
-from runner.kube.api import EVENTS, JOBS, PODS, Cluster, patiently
+from runner.kube.api import EVENTS, JOBS, PODS, Cluster
 from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError
+from runner.patience import OUTAGE_SECONDS, patiently
 from runner.pod import CONFIG_ANNOTATION
+from runner.pytorchjob import QUEUE_LABEL
 from runner.spec import OWN_PREFIX
 
 MANAGED: Final = "app.kubernetes.io/managed-by=oslo"
@@ -28,8 +30,6 @@ _TAIL_LINES: Final = 400
 _POLL_SECONDS: Final = 2.0
 _GONE_SECONDS: Final = 600.0
 """How long a deleted job may take: the grace period of its pods, and more."""
-_OUTAGE_SECONDS: Final = 300.0
-"""How long who follows a run waits for an API server that does not answer."""
 _SERVER_FIELDS: Final = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
 _PARALLEL_LOGS: Final = 8
 
@@ -119,10 +119,10 @@ class KubernetesBackend:
 
     def cancel(self, run: str, *, force: bool) -> None:
         job = self._job(run)
+        status = self._status(job, self._pods_of(run))
         if is_over(job) or (is_cancelled(job) and not force):
-            status = self.get(run)
             raise BusyError(f"{status.handle} is {status.state}: there is nothing to cancel")
-        self._suspend(run, suspend=True)
+        self._suspend(job, cluster_status.remember(status))
         if force:
             for pod in self._pods_of(run):
                 self.cluster.delete(PODS, pod["metadata"]["name"], grace_seconds=0)
@@ -137,7 +137,7 @@ class KubernetesBackend:
         elif is_cancelled(job):
             if self._pods_of(run):
                 raise BusyError(f"{handle} is still being cancelled", f"oslo wait {handle}, then resume it")
-            self._suspend(run, suspend=False)
+            self._suspend(job, None)
         else:
             raise BusyError(f"{handle} is {self.get(run).state}", f"oslo logs -f {handle}")
 
@@ -157,6 +157,9 @@ class KubernetesBackend:
                 history.delete(run, files=True)
 
     def pull(self, run: str, destination: Path) -> list[Path]:
+        status = self.get(run)
+        if status.state is not State.SUCCEEDED:
+            raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
         with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
             return history.pull(run, destination)
 
@@ -232,10 +235,10 @@ class KubernetesBackend:
         return [timed.line for timed in map(cluster_logs.parse, raw) if timed.line]
 
     def _look(self, run: str) -> cluster_logs.Standing:
-        job = patiently(lambda: self.find(run), _OUTAGE_SECONDS, self._say)
+        job = patiently(lambda: self.find(run), OUTAGE_SECONDS, self._say)
         if job is None:
             return cluster_logs.Standing([], True, None)
-        pods = patiently(lambda: self._pods_of(run), _OUTAGE_SECONDS, self._say)
+        pods = patiently(lambda: self._pods_of(run), OUTAGE_SECONDS, self._say)
         incidents = self._incidents(run) if len(pods) < cluster_status.wanted_pods(job) and not is_over(job) else []
         status = cluster_status.derive(JobFacts(job, pods, [], incidents, time.time()))
         cancelling = is_cancelled(job) and pods
@@ -252,7 +255,7 @@ class KubernetesBackend:
         except KeyboardInterrupt as error:
             there = self.find(run) is not None
             what = "was submitted and goes on" if there else "was not submitted"
-            raise Interrupted(f"interrupted: {self.handle(run)} {what}", f"oslo delete {run}" * there, 130) from error
+            raise Interrupted(f"interrupted: {self.handle(run)} {what}", f"oslo cancel {run}" * there, 130) from error
         return Outcome.STARTED
 
     def _replace(self, run: str, manifest: dict[str, Any]) -> None:
@@ -278,13 +281,17 @@ class KubernetesBackend:
                 raise ClusterError(f"{self.handle(run)} was deleted, but has not gone after {_GONE_SECONDS:.0f} s")
             time.sleep(0.5)
 
-    def _suspend(self, run: str, *, suspend: bool) -> None:
-        annotation = "true" if suspend else None
-        change = {
-            "metadata": {"annotations": {CANCELLED_ANNOTATION: annotation}},
-            "spec": {"runPolicy": {"suspend": suspend}},
-        }
-        self.cluster.patch(JOBS, run, change)
+    def _suspend(self, job: Manifest, progress: str | None) -> None:
+        """Take the run's pods away, each with its grace period, and note how far it was; None: give them back.
+
+        Where a queue decides over `suspend`, it is asked to: it would undo what anybody else sets.
+        """
+        run, change = job["metadata"]["name"], {"metadata": {"annotations": {CANCELLED_ANNOTATION: progress}}}
+        if QUEUE_LABEL in job["metadata"].get("labels", {}):
+            self.cluster.patch(JOBS, run, change)
+            kueue.set_active(self.cluster, job, active=progress is None)
+        else:
+            self.cluster.patch(JOBS, run, change | {"spec": {"runPolicy": {"suspend": progress is not None}}})
 
 
 def _as_submitted(job: Manifest) -> dict[str, Any]:

@@ -74,10 +74,11 @@ class ClusterHistory:
         known = {field.name for field in fields(RunStatus)}
         status = RunStatus(**{key: value for key, value in said.items() if key in known})
         status = replace(status, handle=self.handle(run), state=State(status.state))
-        if status.state.is_over:
+        if status.state.is_over and status.cause != Cause.TERMINATED:
             return status
-        reason = f"its object was deleted in the middle of attempt {status.attempt}"
-        return replace(status, state=State.CANCELLED, cause=Cause.CANCELLED, reason=reason, eta=None)
+        # Its pods were asked to leave, or left without a word, and then nobody wanted it any more.
+        reason = f"its object was deleted during attempt {status.attempt}"
+        return replace(status, state=State.CANCELLED, cause=Cause.CANCELLED, reason=reason, hint=None, eta=None)
 
     def config(self, run: str) -> RunConfig:
         return run_config.load(self._ask(["cat", f"{_RUNS}/{run}/{contract.CONFIG_FILE}"]))

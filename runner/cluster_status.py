@@ -6,6 +6,7 @@ Conditions of a PyTorchJob are read by status, not by order: after a resume the 
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +22,8 @@ from runner.spec import OWN_PREFIX, SHARED_MOUNT
 from runner.status import has_trained, progress, reason_to_wait
 
 CANCELLED_ANNOTATION: Final = f"{OWN_PREFIX}cancelled"
-"""On a job that `oslo cancel` has suspended; a queue suspends jobs as well."""
+"""On a job that `oslo cancel` has suspended (a queue suspends jobs as well): how far it was, as JSON."""
+_REMEMBERED: Final = ("step", "total_steps", "epoch", "loss", "eval_loss", "attempt")
 INDEX_LABEL: Final = "training.kubeflow.org/replica-index"
 TYPE_LABEL: Final = "training.kubeflow.org/replica-type"
 _STUCK_SECONDS: Final = 60
@@ -57,8 +59,7 @@ def derive(facts: JobFacts) -> RunStatus:
         handle=handle_of(meta.get("namespace", "default"), meta["name"]),
         name=labels.get(f"{OWN_PREFIX}name", meta["name"]),
         state=state,
-        **progress(state, events),
-        attempt=max((line.attempt for line in facts.lines), default=0),
+        **_progress(facts, state, events),
         cause=ending.get("cause"),
         reason=ending.get("message") or reason,
         hint=ending.get("hint") or None,
@@ -68,6 +69,22 @@ def derive(facts: JobFacts) -> RunStatus:
         folder=folder,
         final=f"{folder}/{contract.FINAL_DIR}" if state is State.SUCCEEDED else None,
     )
+
+
+def _progress(facts: JobFacts, state: State, events: Sequence[Event]) -> dict[str, Any]:
+    """From the master's log; of a cancelled run, whose pods are gone, as it was noted then."""
+    if state is State.CANCELLED and not facts.lines:
+        try:
+            noted = json.loads(facts.job["metadata"].get("annotations", {}).get(CANCELLED_ANNOTATION, "{}"))
+        except ValueError:
+            noted = {}
+        return {key: noted[key] for key in _REMEMBERED if key in noted} if isinstance(noted, dict) else {}
+    return progress(state, events) | {"attempt": max((line.attempt for line in facts.lines), default=0)}
+
+
+def remember(status: RunStatus) -> str:
+    """What CANCELLED_ANNOTATION holds."""
+    return json.dumps({key: getattr(status, key) for key in _REMEMBERED})
 
 
 def handle_of(namespace: str, run: str) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from opensloth.arithmetic import batch_shape
+from opensloth.contract import INPUTS_DIR
 from opensloth.errors import ConfigError, Problem
 from opensloth.run_config import RunConfig, check, shown
 from runner import data_paths, overrides, yaml12
 from runner.errors import InvalidFileError
 from runner.grace import derive_grace
-from runner.spec import CACHE_MOUNT, JobArgs, check_job, needs_of_a_cluster
+from runner.spec import CACHE_MOUNT, SHARED_MOUNT, JobArgs, check_job, needs_of_a_cluster
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Target:
 
     root: Path
     inputs: Path | None = None
+
+    @classmethod
+    def of_cluster(cls) -> Target:
+        root = Path(SHARED_MOUNT)
+        return cls(root, root / INPUTS_DIR)
 
     @property
     def is_cluster(self) -> bool:

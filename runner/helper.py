@@ -17,7 +17,8 @@ from runner.kube.api import PODS, Cluster
 from runner.kube.exec import Channel, open_exec
 from runner.spec import SHARED_VOLUME
 
-START_SECONDS: Final = 180.0
+START_SECONDS: Final = 600.0
+"""A node that pulls the image of several gigabytes needs minutes."""
 DEADLINE_SECONDS: Final = 3600
 """The pod ends by itself after this, whatever becomes of who made it."""
 _POLL_SECONDS: Final = 0.25

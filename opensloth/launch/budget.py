@@ -14,6 +14,7 @@ from opensloth.launch.ending import Ending
 
 _COSTS = (None, Cause.KILLED, Cause.PEER_LOST)
 """What an attempt ended with that was lost; None: it has no end, its launcher was killed."""
+_MORE_TIME = "the last checkpoint stands: raise job.deadline and submit again to go on from it"
 _SHOWN = 8
 """So many of the lost attempts are told of in the message."""
 
@@ -68,7 +69,7 @@ def refusal(
     last_step: the last step that attempt number so-and-so has reported itself, None: it reported none.
     """
     return (
-        _killed_at_one_step(past, last_step)
+        (max_restarts is not None and _killed_at_one_step(past, last_step))
         or _budget_spent(lost_in_a_row(past, checkpoint_step), max_restarts)
         or deadline_passed(sum(attempt.train_seconds for attempt in past), deadline_seconds)
     )
@@ -78,7 +79,7 @@ def deadline_passed(train_seconds: float, deadline_seconds: float | None) -> End
     if deadline_seconds is None or train_seconds < deadline_seconds:
         return None
     spent, allowed = human_duration(train_seconds), human_duration(deadline_seconds)
-    return Ending(Cause.DEADLINE, f"trained for {spent} of {allowed} (job.deadline)", "the last checkpoint stands")
+    return Ending(Cause.DEADLINE, f"trained for {spent} of {allowed} (job.deadline)", _MORE_TIME)
 
 
 def _budget_spent(lost: Sequence[Past], max_restarts: int | None) -> Ending | None:

@@ -99,7 +99,7 @@ def _not_started(missing: list[int], nodes: int, limit: float) -> Ending:
     return Ending(
         Cause.START_TIMEOUT,
         f"{_nodes(missing, nodes)} did not start within {human_duration(limit)} (job.start_timeout)",
-        "`kubectl get pods` shows what keeps those pods: oslo why JOB",
+        "`oslo status JOB` says what those pods wait for; submitting again goes on from the files",
     )
 
 

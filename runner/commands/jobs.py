@@ -19,6 +19,7 @@ from runner.commands.locate import cluster_backend, locate
 from runner.commands.logs import seconds
 from runner.errors import ClusterError, NotFoundError, WaitTimeoutError
 from runner.identity import name_of
+from runner.patience import OUTAGE_SECONDS
 
 _WATCH_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 30.0
@@ -109,7 +110,7 @@ def resume(job: str, follow: bool, as_json: bool) -> None:
     backend, run = locate(job)
     backend.resume(run)
     status = backend.get(run)
-    output.say(f"{status.handle} goes on as attempt {status.attempt}")
+    output.say(f"{status.handle} goes on" + (f" as attempt {status.attempt}" if status.attempt else ""))
     try:
         if follow:
             watching.follow_and_report(backend, run, as_json)
@@ -209,5 +210,6 @@ def _wait(backend: Backend, run: str, timeout: float | None) -> RunStatus:
                 message = f"{status.handle} is still {status.state} after {timeout:.0f} s"
                 raise WaitTimeoutError(message, f"it goes on: oslo logs -f {status.handle}")
             time.sleep(backend.poll_seconds)
-            status = watching.still_there(backend, run, status.handle)
+            left = OUTAGE_SECONDS if end is None else min(OUTAGE_SECONDS, end - time.monotonic())
+            status = watching.still_there(backend, run, status.handle, left)
     return status

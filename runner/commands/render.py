@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 
-from opensloth import contract
 from runner import output
 from runner.commands.common import file_argument, set_option, settings
 from runner.config_file import Target, load_file
 from runner.identity import run_id
 from runner.pytorchjob import notes
 from runner.rendering import cluster_content, job_manifest
-from runner.spec import SHARED_MOUNT
 
 
 @click.command()
@@ -33,8 +31,7 @@ def render(file: Path, sets: tuple[str, ...], form: str) -> None:
 
     Offline, and the same for the same file, data and options.
     """
-    root = Path(SHARED_MOUNT)
-    loaded = load_file(file, sets, settings().defaults, Target(root, root / contract.INPUTS_DIR))
+    loaded = load_file(file, sets, settings().defaults, Target.of_cluster())
     content = cluster_content(loaded)
     manifest = job_manifest(loaded, run_id(loaded.run.name, content), content)
     for note in notes(loaded.job):

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from opensloth import contract, run_config
+from opensloth import run_config
 from opensloth.human import human_bytes
 from runner import output, transfer
 from runner.backend import Outcome, Submission
 from runner.cluster import KubernetesBackend
 from runner.cluster_history import ClusterHistory
+from runner.commands import watching
 from runner.commands.common import confirm, settings
 from runner.config_file import LoadedFile, Target, load_file
-from runner.errors import ClusterError, Interrupted
+from runner.errors import Interrupted
 from runner.helper import Helper
 from runner.identity import latest_of_content, next_fresh, run_id
 from runner.kube.api import Cluster
@@ -25,7 +26,6 @@ from runner.plan import build_plan, plan_text
 from runner.pytorchjob import notes
 from runner.rendering import cluster_content, job_manifest
 from runner.server_check import check_on_server
-from runner.spec import SHARED_MOUNT
 
 ASK_ABOVE_BYTES: Final = 1 << 30
 _PODS_SECONDS: Final = 60.0
@@ -35,21 +35,35 @@ _POLL_SECONDS: Final = 0.5
 
 def submit_cluster(file: Path, sets: tuple[str, ...], fresh: bool, yes: bool) -> tuple[KubernetesBackend, str, Outcome]:
     """Returns the backend, the run and what it came to."""
-    now = settings()
-    root = Path(SHARED_MOUNT)
-    loaded = load_file(file, sets, now.defaults, Target(root, root / contract.INPUTS_DIR))
-    access = now.access_for(loaded.job.context, loaded.job.namespace)
-    if now.access.namespace:
-        loaded = replace(loaded, job=loaded.job.model_copy(update={"namespace": now.access.namespace}))
-    backend = KubernetesBackend(Cluster.connect(access), output.say)
+    loaded, cluster = load_for_cluster(file, sets)
+    backend = KubernetesBackend(cluster, output.say)
     content = cluster_content(loaded)
     run = _choose_run(backend, run_id(loaded.run.name, content), loaded, fresh)
     manifest = job_manifest(loaded, run, content)
     with _nothing_left_behind():
         outcome = _submit(backend, run, loaded, manifest, yes)
     if outcome in (Outcome.STARTED, Outcome.RESUMED):
-        _await_pods(backend, run)
+        with watching.may_be_interrupted(backend.handle(run)):
+            _await_pods(backend, run)
     return backend, run, outcome
+
+
+def check_file_on_server(file: Path, sets: tuple[str, ...]) -> None:
+    """The dry run of a submit. Raises ClusterError with what the cluster says against it."""
+    loaded, cluster = load_for_cluster(file, sets)
+    content = cluster_content(loaded)
+    check_on_server(cluster, job_manifest(loaded, run_id(loaded.run.name, content), content), output.say)
+    output.say(f"{cluster.where} would accept it: dry runs of the job and its pods")
+
+
+def load_for_cluster(file: Path, sets: tuple[str, ...]) -> tuple[LoadedFile, Cluster]:
+    """The file, and the cluster that it is for; flags beat what the file says."""
+    now = settings()
+    loaded = load_file(file, sets, now.defaults, Target.of_cluster())
+    access = now.access_for(loaded.job.context, loaded.job.namespace)
+    if now.access.namespace:
+        loaded = replace(loaded, job=loaded.job.model_copy(update={"namespace": now.access.namespace}))
+    return loaded, Cluster.connect(access)
 
 
 def _choose_run(backend: KubernetesBackend, base: str, loaded: LoadedFile, fresh: bool) -> str:
@@ -90,7 +104,7 @@ def _upload(cluster: Cluster, sources: Mapping[str, Path], manifest: dict[str, A
 
 
 def _await_pods(backend: KubernetesBackend, run: str) -> None:
-    """Until every pod exists, or the job waits in a queue. Raises ClusterError with why one cannot be created."""
+    """Until every pod exists, or the job waits in a queue; says why one cannot be created."""
     end, said = time.monotonic() + _PODS_SECONDS, ""
     while True:
         missing, failures = backend.missing_pods(run)
@@ -101,9 +115,9 @@ def _await_pods(backend: KubernetesBackend, run: str) -> None:
             output.say(f"... {missing} pods cannot be created: {why}")
             said = why
         if time.monotonic() > end:
-            handle = backend.handle(run)
-            hint = f"the job stays and goes on once they can\n  oslo status {handle}\n  oslo cancel {handle}"
-            raise ClusterError(f"{handle}: {missing} pods are missing after {_PODS_SECONDS:.0f} s: {why}", hint)
+            late = f"{missing} pods are missing after {_PODS_SECONDS:.0f} s: {why}"
+            output.say(f"warning: {late}\n  the job stays, and begins once they can be made")
+            return
         time.sleep(_POLL_SECONDS)
 
 

@@ -12,6 +12,7 @@ from opensloth.files import read_json
 from runner import output
 from runner.backend import CLUSTER_SCHEME, Backend, LogLine, LogQuery, RunStatus, State, Waiting
 from runner.errors import Interrupted, JobCancelledError, JobFailedError, NotFoundError
+from runner.patience import OUTAGE_SECONDS, patiently
 
 
 class _Terminated(Exception):
@@ -70,10 +71,13 @@ def show_run(backend: Backend, run: str, handle: str, as_json: bool, **more: str
     output.show_json(more | document)
 
 
-def still_there(backend: Backend, run: str, handle: str) -> RunStatus:
-    """The run's status; one that has been deleted counts as cancelled."""
+def still_there(backend: Backend, run: str, handle: str, seconds: float = OUTAGE_SECONDS) -> RunStatus:
+    """The run's status; one that has been deleted counts as cancelled.
+
+    seconds: how long a cluster may be out of reach.
+    """
     try:
-        return backend.get(run)
+        return patiently(lambda: backend.get(run), seconds, output.say)
     except NotFoundError as error:
         raise JobCancelledError(f"{handle} has been deleted") from error
 

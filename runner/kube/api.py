@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import urllib3
 from kubernetes import client, config
@@ -16,7 +15,7 @@ from kubernetes.config.config_exception import ConfigException
 
 from runner.errors import ClusterError
 from runner.kube.access import TOKEN_DIR, Access, in_cluster
-from runner.kube.errors import MissingError, UnreachableError, explain
+from runner.kube.errors import MissingError, explain
 
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 60
@@ -25,7 +24,6 @@ SILENCE_SECONDS: Final = 60
 _RETRIES: Final = 3
 _VERB: Final = {"POST": "create", "GET": "get", "DELETE": "delete", "PATCH": "patch"}
 Manifest = dict[str, Any]
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,11 @@ class Cluster:
             body["gracePeriodSeconds"] = grace_seconds
         with suppress(MissingError):
             self._object("DELETE", resource, name, [], body)
+
+    def preferred_version(self, group: str) -> str:
+        """`group/version`. Raises ClusterError when the cluster does not know the group."""
+        answer = json.loads(self._send("GET", f"/apis/{group}", [], None, f"the API group {group}").data)
+        return str(answer["preferredVersion"]["groupVersion"])
 
     # --- logs ---------------------------------------------------------------------------------------
 
@@ -218,21 +221,6 @@ class Cluster:
             raise explain(error, verb or _VERB[method], resource, self.where) from error
         response: urllib3.HTTPResponse = answer
         return response
-
-
-def patiently(call: Callable[[], Answer], seconds: float, report: Callable[[str], None]) -> Answer:
-    """Call until the API server answers, at most for `seconds`: it may be restarting. report: hears of a first miss."""
-    end, said = time.monotonic() + seconds, False
-    while True:
-        try:
-            return call()
-        except UnreachableError as error:
-            if time.monotonic() > end:
-                raise
-            if not said:
-                report(f"{error.message}; trying again")
-                said = True
-            time.sleep(1)
 
 
 def _load_file(file: str, context: str | None, settings: client.Configuration) -> str | None:

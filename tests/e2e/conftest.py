@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> OnCluster:
     """k8s/ applied, the operator patched, and a submitter who may do what the Roles say."""
     if not ADMIN:
-        pytest.fail("set KUBECONFIG to a cluster's admin, or OSLO_SKIP_E2E=1 to leave the cluster out")
+        pytest.fail("set KUBECONFIG to that of a cluster's admin")
     folder = tmp_path_factory.mktemp("submitter")
     return OnCluster(folder, ADMIN, prepare_namespace(ADMIN, folder), the_image(ADMIN))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from stand_in import SMALLEST, Answer, launcher_command
 
 from runner.cli import run
 from runner.commands.common import Settings
+from runner.errors import BusyError
 from runner.local import LocalBackend
 
 
@@ -23,7 +25,8 @@ def root(tmp_path: Path) -> Iterator[Path]:
     backend = LocalBackend(root)
     for status in backend.list_runs():
         if not status.state.is_over:
-            backend.cancel(status.run, force=True)
+            with suppress(BusyError):  # it has ended by itself in between
+                backend.cancel(status.run, force=True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from opensloth.pod_log import PodLine
 from runner.backend import State
-from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, derive
+from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, derive, remember
 
 RUN = "sft-12345678"
 NOW = 1_800_000_000.0
@@ -196,3 +196,12 @@ def test_a_resumed_job_is_not_taken_for_a_suspended_one() -> None:
 def test_a_job_that_is_being_deleted() -> None:
     status = status_of(job("Created", "Running", deletionTimestamp="2027-01-15T08:00:00Z"), pod(0, RUNS))
     assert (status.state, status.reason) == (State.CANCELLED, "its object is being deleted")
+
+
+def test_a_cancelled_run_is_shown_as_far_as_it_was() -> None:
+    """Its pods are gone, and their logs with them."""
+    running = status_of(job("Created", "Running"), pod(0, RUNS), pod(1, RUNS), lines=events(STEP))
+    found = job("Created", "Suspended", suspend=True, annotations={CANCELLED_ANNOTATION: remember(running)})
+    status = status_of(found)
+    assert (status.state, status.step, status.total_steps, status.loss) == (State.CANCELLED, 7, 20, 1.5)
+    assert (status.attempt, status.eta) == (2, None)
