@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from opensloth.contract import EVENT_PREFIX
@@ -14,12 +15,14 @@ from opensloth.event_lines import render_event
 from opensloth.pod_log import PodLine, launcher_rank, parse_line
 from runner.backend import LogLine, LogQuery, Waiting
 from runner.cluster_status import Manifest, has_started, node_of
-from runner.errors import ClusterError
+from runner.errors import ClusterError, UnreachableError
 from runner.event_log import event_of
 from runner.kube.api import PODS, Cluster
-from runner.kube.errors import MissingError, RefusedError, UnreachableError
+from runner.kube.errors import MissingError, RefusedError, UnavailableError
 
 _RETRY_SECONDS: Final = 1.0
+_LAST_TRIES: Final = 5
+"""So often in a row the log of a run that is over is asked for in vain."""
 _QUIET_SECONDS: Final = 5.0
 """Between two looks at the pods while all of them run; a log that ends is looked at at once."""
 _BUSY_SECONDS: Final = 1.0
@@ -63,18 +66,26 @@ def to_log_line(timed: Timed, node: int) -> LogLine | None:
 def read(cluster: Cluster, pods: Sequence[Manifest], query: LogQuery) -> Iterator[LogLine]:
     """The lines that are there, in the order of their times."""
     found: list[tuple[str, LogLine]] = []
+    unread: list[LogLine] = []
     for pod in filter(has_started, pods):
-        found += _of_pod(cluster, pod, query)
+        name, node = pod["metadata"]["name"], node_of(pod)
+        try:
+            found += _shown([parse(raw) for raw in cluster.log(name, since=_since(query))], node, query)
+        except MissingError:  # it was deleted this very moment
+            continue
+        except (RefusedError, UnavailableError) as error:  # its node is out of reach, say: the others' logs are not
+            unread.append(_unreadable(name, node, error))
     yield from (line for _, line in sorted(found, key=lambda pair: pair[0]))
+    yield from unread
 
 
-def _of_pod(cluster: Cluster, pod: Manifest, query: LogQuery) -> list[tuple[str, LogLine]]:
-    lines = [parse(raw) for raw in cluster.log(pod["metadata"]["name"], since=_since(query))]
-    shown = [
-        (timed.time, line)
-        for timed in lines
-        if (line := to_log_line(timed, node_of(pod))) and passes(timed, line, query)
-    ]
+def _unreadable(pod: str, node: int, error: ClusterError) -> LogLine:
+    return LogLine(launcher_rank(node), f"the log of {pod} cannot be read: {error}")
+
+
+def _shown(lines: Sequence[Timed], node: int, query: LogQuery) -> list[tuple[str, LogLine]]:
+    """What `query` lets pass of one pod's log, each with its time."""
+    shown = [(timed.time, line) for timed in lines if (line := to_log_line(timed, node)) and passes(timed, line, query)]
     if query.tail is None:
         return shown
     ranks = {line.rank for _, line in shown}
@@ -103,6 +114,10 @@ def follow(cluster: Cluster, look: Callable[[], Standing], query: LogQuery) -> I
         for pod in filter(has_started, standing.pods):
             if pod["metadata"]["uid"] not in streams:
                 streams[pod["metadata"]["uid"]] = _Stream(cluster, pod, query, lines)
+        query = replace(query, tail=None)  # it counts back from where following begins: of later pods all is shown
+        if standing.over:
+            for stream in streams.values():
+                stream.hurry()
         if standing.waits and standing.waits != said:
             yield Waiting(standing.waits)
         said = standing.waits
@@ -162,33 +177,42 @@ class _Stream(threading.Thread):
         self._cluster, self._query, self._lines = cluster, query, lines
         self._name, self._uid, self._node = pod["metadata"]["name"], pod["metadata"]["uid"], node_of(pod)
         self._seen = _Seen()
-        self._pause = threading.Event()
+        self._over = threading.Event()
+        self._misses = 0
         self.start()
+
+    def hurry(self) -> None:
+        """The run is over: a log that cannot be read is not waited for much longer."""
+        self._over.set()
 
     def run(self) -> None:
         try:
-            if self._query.tail is not None:
-                self._hand_on_tail()
             while not self._once():
                 pass
         except MissingError:
             pass  # it was deleted: what it said since the last line is in the volume's files
         except ClusterError as error:
-            self._lines.put(LogLine(launcher_rank(self._node), f"the log of {self._name} cannot be read: {error}"))
+            self._lines.put(_unreadable(self._name, self._node, error))
         finally:
             self._lines.put(None)
 
     def _once(self) -> bool:
         """One connection; whether the log has been read to its end."""
         try:
+            if self._query.tail is not None:
+                self._hand_on_tail()
             for raw in self._cluster.follow_log(self._name, since=self._since()):
                 self._take(parse(raw))
+            self._misses = 0
             ended = self._has_ended()
             if ended:  # what came between the end of the stream and the end of the container
                 for raw in self._cluster.log(self._name, since=self._since()):
                     self._take(parse(raw))
         except (UnreachableError, RefusedError):  # the API server restarts; the container has just been made
-            self._pause.wait(_RETRY_SECONDS)
+            self._misses += 1
+            if self._over.is_set() and self._misses >= _LAST_TRIES:
+                raise
+            time.sleep(_RETRY_SECONDS)
             return False
         return ended
 
@@ -203,11 +227,12 @@ class _Stream(threading.Thread):
         return pod["status"].get("phase") in ("Succeeded", "Failed")
 
     def _hand_on_tail(self) -> None:
-        pod = self._cluster.get(PODS, self._name)
-        for raw in self._cluster.log(self._name):
-            self._seen.note(parse(raw))
-        for _, line in _of_pod(self._cluster, pod, self._query):
+        lines = [parse(raw) for raw in self._cluster.log(self._name, since=_since(self._query))]
+        for timed in lines:
+            self._seen.note(timed)
+        for _, line in _shown(lines, self._node, self._query):
             self._lines.put(line)
+        self._query = replace(self._query, tail=None)
 
     def _take(self, timed: Timed) -> None:
         missing = self._seen.missing_before(timed)
