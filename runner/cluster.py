@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +14,11 @@ from runner import cluster_logs, cluster_status, kueue
 from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
 from runner.cluster_history import ClusterHistory
 from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, Manifest, has_started, is_cancelled, is_over, node_of
-from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError
+from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError, UnreachableError
 from runner.helper import Helper
 from runner.identity import name_of
 from runner.kube.api import EVENTS, JOBS, PODS, Cluster
-from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError
+from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError, UnavailableError
 from runner.patience import OUTAGE_SECONDS, patiently
 from runner.pod import CONFIG_ANNOTATION
 from runner.pytorchjob import QUEUE_LABEL
@@ -41,6 +42,7 @@ class KubernetesBackend:
         """say: hears what a command waits for."""
         self.cluster = cluster
         self._say = say
+        self._warned: set[str] = set()
 
     @property
     def poll_seconds(self) -> float:
@@ -64,22 +66,18 @@ class KubernetesBackend:
     def submit(self, run: str, submission: Submission) -> Outcome:
         manifest = submission.manifest
         assert manifest is not None
-        outcome = self.standing(run)
+        job = self.find(run)
+        outcome = _standing(job)
         if outcome is Outcome.STARTED:
-            self._until_gone(run)
+            self._until_gone(run, job)
             return self._create(run, manifest)
-        if outcome is Outcome.RESUMED:
-            self._replace(run, manifest)
+        if outcome is Outcome.RESUMED and job is not None:
+            return self._replace(job, manifest)
         return outcome
 
     def standing(self, run: str) -> Outcome:
         """What a submit would come to."""
-        job = self.find(run)
-        if job is None or job["metadata"].get("deletionTimestamp"):
-            return Outcome.STARTED
-        if cluster_status.is_true(job, "Succeeded"):
-            return Outcome.ALREADY_SUCCEEDED
-        return Outcome.RESUMED if is_over(job) or is_cancelled(job) else Outcome.ATTACHED
+        return _standing(self.find(run))
 
     def get(self, run: str) -> RunStatus:
         job = self._job(run)
@@ -109,8 +107,10 @@ class KubernetesBackend:
         try:
             with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
                 yield from history.logs(run, query)
-        except ForbiddenError as error:
-            self._say(f"warning: only the logs of pods that are left: {error}")
+        except ClusterError as error:
+            if not pods:
+                raise
+            self._warn(f"only the logs of pods that are left: {error}")
             yield from cluster_logs.read(self.cluster, pods, query)
 
     def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | Waiting]:
@@ -133,7 +133,7 @@ class KubernetesBackend:
         if cluster_status.is_true(job, "Succeeded"):
             raise BusyError(f"{handle} has succeeded: there is nothing to resume", f"oslo pull {handle}")
         if is_over(job):
-            self._replace(run, _as_submitted(job))
+            self._replace(job, _as_submitted(job))
         elif is_cancelled(job):
             if self._pods_of(run):
                 raise BusyError(f"{handle} is still being cancelled", f"oslo wait {handle}, then resume it")
@@ -149,12 +149,14 @@ class KubernetesBackend:
         status = self.get(run)
         if not status.state.is_over:
             raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
-        spec = self._template(run)["spec"]
-        self.cluster.delete(JOBS, run)
-        self._until_gone(run)
+        job = self._job(run)
+        self.cluster.delete(JOBS, run, uid=job["metadata"]["uid"])
+        self._until_gone(run, job)
         if files:
-            with ClusterHistory(self.cluster, Helper(self.cluster, spec, self._say)) as history:
-                history.delete(run, files=True)
+            spec = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+            helper = Helper(self.cluster, spec, self._say)
+            with suppress(NotFoundError), ClusterHistory(self.cluster, helper) as history:
+                history.delete(run, files=True)  # there are none of a run that never began
 
     def pull(self, run: str, destination: Path) -> list[Path]:
         status = self.get(run)
@@ -187,6 +189,12 @@ class KubernetesBackend:
         missing = cluster_status.wanted_pods(job) - len(self._pods_of(run))
         return max(0, missing), cluster_status.creation_failures(self._incidents(run)) if missing > 0 else []
 
+    def _warn(self, text: str) -> None:
+        """Once: whoever follows a run looks every second."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._say(f"warning: {text}")
+
     # --- requests -----------------------------------------------------------------------------------
 
     def _job(self, run: str) -> Manifest:
@@ -208,8 +216,8 @@ class KubernetesBackend:
         """Events about the job, oldest first; none without the right to see them."""
         try:
             events = self.cluster.find(EVENTS, fields=f"involvedObject.kind=PyTorchJob,involvedObject.name={run}")
-        except ForbiddenError as error:
-            self._say(f"warning: why pods are missing is not known: {error}")
+        except (ForbiddenError, UnreachableError) as error:
+            self._warn(f"why pods are missing is not known: {error}")
             return []
         return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
 
@@ -218,17 +226,14 @@ class KubernetesBackend:
         pods = sorted(pods, key=node_of)
         told = next(filter(has_started, pods), None)  # the master, unless only a worker is left
         lines = self._tail(told["metadata"]["name"]) if told else []
-        waits = (
-            not is_over(job) and len(pods) < cluster_status.wanted_pods(job) and not cluster_status.is_suspended(job)
-        )
-        incidents = self._incidents(run) if waits else []
+        incidents = self._incidents(run) if _lacks_pods(job, pods) else []
         return cluster_status.derive(JobFacts(job, pods, lines, incidents, time.time()))
 
     def _tail(self, pod: str) -> list[Any]:
         try:
             raw = self.cluster.log(pod, tail=_TAIL_LINES)
-        except ForbiddenError as error:
-            self._say(f"warning: no step and no loss are known: {error}")
+        except (ForbiddenError, UnavailableError) as error:
+            self._warn(f"no step and no loss are known: {error}")
             return []
         except (MissingError, RefusedError):  # it was deleted, or restarts, this very moment
             return []
@@ -239,7 +244,7 @@ class KubernetesBackend:
         if job is None:
             return cluster_logs.Standing([], True, None)
         pods = patiently(lambda: self._pods_of(run), OUTAGE_SECONDS, self._say)
-        incidents = self._incidents(run) if len(pods) < cluster_status.wanted_pods(job) and not is_over(job) else []
+        incidents = self._incidents(run) if _lacks_pods(job, pods) else []
         status = cluster_status.derive(JobFacts(job, pods, [], incidents, time.time()))
         cancelling = is_cancelled(job) and pods
         waits = status.reason if status.state is State.PENDING or cancelling else None
@@ -258,22 +263,38 @@ class KubernetesBackend:
             raise Interrupted(f"interrupted: {self.handle(run)} {what}", f"oslo cancel {run}" * there, 130) from error
         return Outcome.STARTED
 
-    def _replace(self, run: str, manifest: dict[str, Any]) -> None:
+    def _replace(self, job: Manifest, manifest: dict[str, Any]) -> Outcome:
         """A finished object cannot start again: a new one takes its place, and the launcher goes on from the files."""
+        run, stays = job["metadata"]["name"], "its files stay on the volume: submit again to go on from them"
         try:
-            self.cluster.delete(JOBS, run)
-            self._until_gone(run)
+            self.cluster.delete(JOBS, run, uid=job["metadata"]["uid"])
+            self._until_gone(run, job)
+        except ConflictError:
+            return Outcome.ATTACHED  # somebody else has put another in its place in between
         except KeyboardInterrupt as error:
             message = (
                 f"interrupted: the finished object of {self.handle(run)} was deleted, and none was made in its place"
             )
-            raise Interrupted(message, "its files stay on the volume: submit again to go on from them", 130) from error
-        self._create(run, manifest)
+            raise Interrupted(message, stays, 130) from error
+        try:
+            outcome = self._create(run, manifest)
+        except ClusterError as error:
+            message = f"the finished object of {self.handle(run)} was deleted, and none was made in its place: {error}"
+            raise ClusterError(message, stays) from error
+        return Outcome.RESUMED if outcome is Outcome.STARTED else outcome
 
-    def _until_gone(self, run: str) -> None:
-        """Until the job and its pods are gone: pods are found by name and label, not by their owner."""
+    def _until_gone(self, run: str, job: Manifest | None) -> None:
+        """Until `job` and its pods are gone, or somebody has made another object of that name.
+
+        Pods are found by name and label, not by their owner.
+        """
         end, said = time.monotonic() + _GONE_SECONDS, False
-        while self.find(run) is not None or self._pods_of(run):
+        while True:
+            there = patiently(lambda: self.find(run), OUTAGE_SECONDS, self._say)
+            if there is not None and (job is None or there["metadata"]["uid"] != job["metadata"]["uid"]):
+                return
+            if there is None and not patiently(lambda: self._pods_of(run), OUTAGE_SECONDS, self._say):
+                return
             if not said:
                 self._say(f"{self.handle(run)} is being deleted: waiting until it is gone")
                 said = True
@@ -292,6 +313,20 @@ class KubernetesBackend:
             kueue.set_active(self.cluster, job, active=progress is None)
         else:
             self.cluster.patch(JOBS, run, change | {"spec": {"runPolicy": {"suspend": progress is not None}}})
+
+
+def _standing(job: Manifest | None) -> Outcome:
+    if job is None or job["metadata"].get("deletionTimestamp"):
+        return Outcome.STARTED
+    if cluster_status.is_true(job, "Succeeded"):
+        return Outcome.ALREADY_SUCCEEDED
+    return Outcome.RESUMED if is_over(job) or is_cancelled(job) else Outcome.ATTACHED
+
+
+def _lacks_pods(job: Manifest, pods: Sequence[Manifest]) -> bool:
+    """Whether there should be more by now."""
+    waits = not is_over(job) and not cluster_status.is_suspended(job)
+    return waits and len(pods) < cluster_status.wanted_pods(job)
 
 
 def _as_submitted(job: Manifest) -> dict[str, Any]:

@@ -110,9 +110,17 @@ class Cluster:
         """A merge patch: null removes."""
         return self._object("PATCH", resource, name, [], change)
 
-    def delete(self, resource: Resource, name: str, *, grace_seconds: int | None = None) -> None:
-        """Also what belongs to it, which goes first. grace_seconds: None: as its manifest says. One gone is fine."""
+    def delete(
+        self, resource: Resource, name: str, *, grace_seconds: int | None = None, uid: str | None = None
+    ) -> None:
+        """Also what belongs to it, which goes first. One gone is fine.
+
+        grace_seconds: None: as its manifest says. uid: of the one that is meant; raises ConflictError when another
+        has its name by now.
+        """
         body: Manifest = {"propagationPolicy": "Foreground"}
+        if uid is not None:
+            body["preconditions"] = {"uid": uid}
         if grace_seconds is not None:
             body["gracePeriodSeconds"] = grace_seconds
         with suppress(MissingError):
