@@ -6,14 +6,12 @@ it image.sh builds and loads one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage import Here, OnCluster, Place, prepare_namespace, the_image
-
-ADMIN = os.environ.get("KUBECONFIG", "")
+from kubectl import HAS_CLUSTER, built_image
+from stage import Here, OnCluster, Place, prepare_namespace
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> OnCluster:
     """k8s/ applied, the operator patched, and a submitter who may do what the Roles say."""
-    if not ADMIN:
+    if not HAS_CLUSTER:
         pytest.fail("set KUBECONFIG to that of a cluster's admin")
     folder = tmp_path_factory.mktemp("submitter")
-    return OnCluster(folder, ADMIN, prepare_namespace(ADMIN, folder), the_image(ADMIN))
+    return OnCluster(folder, prepare_namespace(folder), built_image())
 
 
 @pytest.fixture

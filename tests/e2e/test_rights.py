@@ -122,7 +122,7 @@ def test_events_need_their_right(
     pods = list(cluster.pods(run.rpartition("/")[2]))
     without("events", "list")
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
-    cluster.kubectl("apply", "-f", "-", stdin=json.dumps(quota))
+    cluster.kubectl("apply", "-f", "-", given=quota)
     try:
         cluster.kubectl("delete", "pod", *pods)
         answer = cluster.oslo("status", run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import secrets
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stage import REPOSITORY, kubectl, the_image
+from kubectl import HAS_CLUSTER, KUBECONFIG, REPOSITORY, built_image, kubectl
 
 from opensloth.fingerprint import source_sha256
 from runner import transfer
@@ -30,7 +29,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:HTTPResponse.getheaders:DeprecationWarning"),  # of the client's own code
 ]
-ADMIN = os.environ.get("KUBECONFIG", "")
 """Read at import: the tests' environment has none."""
 MIB = 1 << 20
 POD_SECONDS = 120
@@ -69,14 +67,13 @@ class HelperPod:
 
 @dataclass
 class Namespace:
-    admin: str
     name: str
     image: str
 
     def cluster(self, account: str) -> Cluster:
         """As a service account."""
-        token = kubectl(self.admin, "-n", self.name, "create", "token", account, "--duration=1h").strip()
-        cluster = Cluster.connect(Access(self.admin, None, self.name))
+        token = kubectl("-n", self.name, "create", "token", account, "--duration=1h").strip()
+        cluster = Cluster.connect(Access(KUBECONFIG, None, self.name))
         settings = cluster.api_client.configuration
         settings.cert_file = settings.key_file = None
         settings.api_key = {"authorization": token}
@@ -98,8 +95,8 @@ class Namespace:
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[Namespace]:
     """With the claim, and the Role of helper pods bound to one of its two accounts."""
-    if not ADMIN:
-        pytest.fail("set KUBECONFIG to a cluster's admin, or OSLO_SKIP_E2E=1 to leave the cluster out")
+    if not HAS_CLUSTER:
+        pytest.fail("set KUBECONFIG to that of a cluster's admin")
     name = f"oslo-transfer-{secrets.token_hex(3)}"
     base = REPOSITORY / "k8s" / "base"
     wanted = {("Role", "oslo-helper"), ("PersistentVolumeClaim", "training")}
@@ -111,17 +108,17 @@ def namespace() -> Iterator[Namespace]:
     for one in chosen:
         if one["kind"] == "PersistentVolumeClaim":
             one["spec"]["resources"]["requests"]["storage"] = "1Gi"
-    kubectl(ADMIN, "create", "namespace", name)
+    kubectl("create", "namespace", name)
     try:
-        kubectl(ADMIN, "label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
-        kubectl(ADMIN, "-n", name, "apply", "-f", "-", stdin=yaml.safe_dump_all(chosen))
+        kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+        kubectl("-n", name, "apply", "-f", "-", given=yaml.safe_dump_all(chosen))
         for account in ("submitter", "stranger"):
-            kubectl(ADMIN, "-n", name, "create", "serviceaccount", account)
+            kubectl("-n", name, "create", "serviceaccount", account)
         binding = f"--serviceaccount={name}:submitter"
-        kubectl(ADMIN, "-n", name, "create", "rolebinding", "helper", "--role=oslo-helper", binding)
-        yield Namespace(ADMIN, name, the_image(ADMIN))
+        kubectl("-n", name, "create", "rolebinding", "helper", "--role=oslo-helper", binding)
+        yield Namespace(name, built_image())
     finally:
-        kubectl(ADMIN, "delete", "namespace", name, "--wait=false")
+        kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture

@@ -12,14 +12,16 @@ import pytest
 
 REPOSITORY: Final = Path(__file__).parents[2]
 _ENVIRONMENT: Final = dict(os.environ)
-needs_cluster = pytest.mark.skipif("KUBECONFIG" not in _ENVIRONMENT, reason="KUBECONFIG is not set")
+KUBECONFIG: Final = _ENVIRONMENT.get("KUBECONFIG")
+HAS_CLUSTER: Final = bool(KUBECONFIG)
+needs_cluster = pytest.mark.skipif(not HAS_CLUSTER, reason="KUBECONFIG is not set")
 
 
-def kubectl(*arguments: str, given: object = None, check: bool = True, seconds: float = 120) -> str:
-    """What it prints. given: an object for its standard input."""
+def kubectl(*arguments: str, given: object = None, check: bool = True, seconds: float = 600) -> str:
+    """What it prints. given: an object, or a text, for its standard input."""
     done = subprocess.run(
         ["kubectl", *arguments],
-        input=None if given is None else json.dumps(given),
+        input=given if given is None or isinstance(given, str) else json.dumps(given),
         env=_ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -35,8 +37,10 @@ def get(*arguments: str) -> Any:
 
 
 def built_image() -> str:
-    """The image of this working tree, brought to the cluster if it is not there."""
+    """The image that OSLO_E2E_IMAGE names, else this working tree's, brought to the cluster if it is not there."""
+    if named := _ENVIRONMENT.get("OSLO_E2E_IMAGE"):
+        return named
     script = REPOSITORY / "tests" / "e2e" / "image.sh"
-    done = subprocess.run([str(script)], env=_ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run([str(script)], env=_ENVIRONMENT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().rpartition("\n")[2]

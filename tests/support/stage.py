@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import secrets
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kubectl import REPOSITORY, kubectl
 from stand_in import Answer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OSLO = Path(sys.executable).with_name("oslo")
 NAMESPACE = "oslo-e2e"
 SUBMITTER = "oslo-ci"
@@ -91,9 +90,9 @@ class Here(Place):
 class OnCluster(Place):
     """A namespace that enforces Pod Security `restricted`, as its submitter."""
 
-    def __init__(self, folder: Path, admin: str, kubeconfig: Path, image: str) -> None:
+    def __init__(self, folder: Path, kubeconfig: Path, image: str) -> None:
         super().__init__(folder)
-        self.admin, self.image, self.kubeconfig = admin, image, kubeconfig
+        self.image = image
         self.env["KUBECONFIG"] = str(kubeconfig)
         self.env["OSLO_DEFAULTS"] = str(folder / "defaults.yaml")
         job = {
@@ -109,9 +108,9 @@ class OnCluster(Place):
         }
         (folder / "defaults.yaml").write_text(yaml.safe_dump({"job": job}))
 
-    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+    def kubectl(self, *arguments: str, given: object = None) -> str:
         """As the admin, in the namespace."""
-        return kubectl(self.admin, "-n", NAMESPACE, *arguments, stdin=stdin)
+        return kubectl("-n", NAMESPACE, *arguments, given=given)
 
     def pods(self, run: str) -> dict[str, Any]:
         """The run's pods by name."""
@@ -155,41 +154,25 @@ def _row(i: int, token: str) -> str:
 # --- the cluster -------------------------------------------------------------------------------------
 
 
-def kubectl(kubeconfig: str, *arguments: str, stdin: str | None = None) -> str:
-    ran = subprocess.run(
-        ["kubectl", "--kubeconfig", kubeconfig, *arguments], input=stdin, capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, f"kubectl {' '.join(arguments)}: {ran.stderr}"
-    return ran.stdout
-
-
-def prepare_namespace(admin: str, folder: Path) -> Path:
+def prepare_namespace(folder: Path) -> Path:
     """Apply k8s/ as its README says, in a namespace of the tests' own; returns the submitter's kubeconfig."""
-    kubectl(
-        admin,
-        "apply",
-        "--server-side",
-        "--force-conflicts",
-        "--field-manager=oslo",
-        "-k",
-        str(REPOSITORY / "k8s" / "operator"),
-    )
-    kubectl(admin, "-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
+    operator = str(REPOSITORY / "k8s" / "operator")
+    kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=oslo", "-k", operator)
+    kubectl("-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
     overlay = folder / "overlay"
     overlay.mkdir()
     base = os.path.relpath(REPOSITORY / "k8s" / "overlays" / "dev", overlay)
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": NAMESPACE, "resources": [base]}))
-    manifest = kubectl(admin, "kustomize", str(overlay))
-    kubectl(admin, "apply", "-f", "-", stdin=manifest)
-    kubectl(admin, "-n", NAMESPACE, "delete", "pytorchjobs,pods", "--all", "--wait=true")
-    return submitter_kubeconfig(admin, folder / "kubeconfig")
+    manifest = kubectl("kustomize", str(overlay))
+    kubectl("apply", "-f", "-", given=manifest)
+    kubectl("-n", NAMESPACE, "delete", "pytorchjobs,pods,resourcequotas", "--all", "--wait=true")
+    return submitter_kubeconfig(folder / "kubeconfig")
 
 
-def submitter_kubeconfig(admin: str, path: Path) -> Path:
-    token = kubectl(admin, "-n", NAMESPACE, "create", "token", SUBMITTER, "--duration=4h").strip()
-    config = json.loads(kubectl(admin, "config", "view", "--raw", "--minify", "-o", "json"))
+def submitter_kubeconfig(path: Path) -> Path:
+    token = kubectl("-n", NAMESPACE, "create", "token", SUBMITTER, "--duration=4h").strip()
+    config = json.loads(kubectl("config", "view", "--raw", "--minify", "-o", "json"))
     cluster = config["clusters"][0]
-    assert base64.b64decode(cluster["cluster"]["certificate-authority-data"])
     context = {"cluster": cluster["name"], "user": "submitter", "namespace": NAMESPACE}
     config |= {
         "users": [{"name": "submitter", "user": {"token": token}}],
@@ -198,15 +181,3 @@ def submitter_kubeconfig(admin: str, path: Path) -> Path:
     }
     path.write_text(json.dumps(config))
     return path
-
-
-def the_image(admin: str) -> str:
-    """The one that OSLO_E2E_IMAGE names, else the one that image.sh builds and loads unless it is there already."""
-    if named := os.environ.get("OSLO_E2E_IMAGE"):
-        return named
-    script = REPOSITORY / "tests" / "e2e" / "image.sh"
-    ran = subprocess.run(
-        ["bash", str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "KUBECONFIG": admin}
-    )
-    assert ran.returncode == 0, "the image could not be built or loaded (see above)"
-    return ran.stdout.strip().splitlines()[-1]
