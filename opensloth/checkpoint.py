@@ -111,7 +111,7 @@ class Checkpoints:
         kept = behind[: self._keep]
         for folder in self._all():
             if folder not in kept:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # NFS keeps what somebody still reads: gone the next time
 
 
 def fault_in(folder: Path) -> str | None:

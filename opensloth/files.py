@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_STALE_READS: Final = 3
+_NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What volumes without hard links (SMB, some buckets) answer."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -29,24 +34,51 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def create_json(path: Path, value: Any) -> bool:
-    """Write `path` unless it exists (O_EXCL by way of a link); say whether this call made it."""
+    """Write `path` unless it exists; say whether this call made it.
+
+    By way of a link, so that it is whole or absent; on a volume without links by O_EXCL, and a reader may meet it torn.
+    """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     write_json(aside, value)
     try:
         os.link(aside, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create(path, aside.read_bytes())
     finally:
         aside.unlink()
     return True
 
 
-def read_json(path: Path) -> Any | None:
-    """The file's value; None when it does not exist or is torn."""
+def _create(path: Path, data: bytes) -> bool:
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+        with path.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except FileExistsError:
+        return False
+    sync_folder(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any | None:
+    """The file's value; None when it does not exist or is torn.
+
+    On NFS a file that another machine replaces between open and read is stale: then the new one is read.
+    """
+    for _ in range(_STALE_READS):
+        try:
+            return json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return None
 
 
 def sync_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,11 +47,18 @@ class Orders:
         Raises StopRequested when a newer attempt exists: an attempt's number, made by an exclusive mkdir, is the
         token, and only its newest holder may write.
         """
-        if self._is_superseded():
+        if self._is_superseded(for_certain=True):
             raise StopRequested(Cause.SUPERSEDED, "a newer attempt has started: this one writes nothing more")
 
-    def _is_superseded(self) -> bool:
-        return self._attempt is not None and self._attempt.with_name(str(int(self._attempt.name) + 1)).exists()
+    def _is_superseded(self, *, for_certain: bool = False) -> bool:
+        """for_certain: list the folder, which asks an NFS server; for one name its memory may answer for a minute."""
+        if self._attempt is None:
+            return False
+        newer = self._attempt.with_name(str(int(self._attempt.name) + 1))
+        if for_certain:
+            with suppress(FileNotFoundError):  # the run was deleted: nothing that is written will stay
+                return newer.name in os.listdir(newer.parent)
+        return newer.exists()
 
     def __enter__(self) -> Orders:
         try:

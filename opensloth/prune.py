@@ -9,6 +9,7 @@ than that: a run's events and heartbeats count as much as its checkpoints.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -126,9 +127,15 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir() or path.is_symlink():
         yield path
         return
-    for found in path.rglob("*"):
-        if found.is_symlink() or not found.is_dir():
-            yield found
+    for folder, folders, names in os.walk(path, onerror=_unless_gone):
+        yield from (Path(folder, name) for name in names)
+        yield from (link for name in folders if (link := Path(folder, name)).is_symlink())
+
+
+def _unless_gone(error: OSError) -> None:
+    """A run that goes on removes its old checkpoints meanwhile; what nobody lets us see, we cannot remove either."""
+    if not isinstance(error, FileNotFoundError | PermissionError):
+        raise error
 
 
 def _last_written(path: Path) -> float:

@@ -18,6 +18,7 @@ def staged(destination: Path) -> Iterator[Path]:
 
     A destination that is empty, or holds the same files already, is fine. Raises RunnerError when it holds others.
     """
+    destination = destination.absolute()  # "." has no name
     if destination.exists() and not destination.is_dir():
         raise RunnerError(f"{destination} is a file", "give a folder that is not there yet")
     destination.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 from opensloth import contract, run_config
 from opensloth.contract import Cause
 from opensloth.errors import ConfigError
+from opensloth.events import Events
 from opensloth.files import write_atomically, write_json
 from opensloth.launch import budget, history, meeting, settings
 from opensloth.launch.attempt import Attempt, attempt_numbers
@@ -52,6 +53,7 @@ class Launcher:
         self._token = uuid.uuid4().hex
         self._part: Part | None = None
         self._terminated = False
+        self._quiet: Events | None = None
         self._ranks = 0
         """Ranks of this node, once they have been started."""
         self._earlier_seconds = 0.0
@@ -125,8 +127,7 @@ class Launcher:
 
     def _take_part(self) -> Ending:
         """On a node above 0: in the newest attempt, and in a newer one if that comes before the ranks have begun."""
-        events = quiet_events(self._settings, 0)
-        entrance = meeting.Entrance(self._settings, self._token, events)
+        entrance = meeting.Entrance(self._settings, self._token, self._before_any_attempt())
         while True:
             attempt = entrance.join(self._reason_not_to_wait)
             if isinstance(attempt, Ending):
@@ -146,6 +147,11 @@ class Launcher:
             return Ending(Cause.TERMINATED, "terminated before there was an attempt to take part in")
         report = history.report(self._settings.run)
         return self._already_succeeded(report) if report is not None else None
+
+    def _before_any_attempt(self) -> Events:
+        """The same ones each time: a reader drops lines whose numbers it has seen."""
+        self._quiet = self._quiet or quiet_events(self._settings, 0)
+        return self._quiet
 
     def _enter(self, attempt: Attempt) -> Part:
         self._part = Part(self._settings, attempt)
@@ -257,10 +263,11 @@ class Launcher:
     def _say_last(self, ending: Ending) -> None:
         """The end as an event, the last line of the log, and as the pod's termination message."""
         part = self._part
-        if part is not None:
-            part.close(lambda: part.events.emit("end", **ending.record()))
-        else:
-            quiet_events(self._settings, 0).emit("end", **ending.record())
+        with contextlib.suppress(OSError):  # the volume is full, or gone: the kubelet still hears of it
+            if part is not None:
+                part.close(lambda: part.events.emit("end", **ending.record()))
+            else:
+                self._before_any_attempt().emit("end", **ending.record())
         if self._settings.termination_log is not None:
             message = format_end(ending.cause, ending.message, ending.hint).encode()[:_MESSAGE_BYTES]
             with contextlib.suppress(OSError):  # not in a pod after all

@@ -240,3 +240,17 @@ def test_arguments_that_make_no_sense_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         prune.main(arguments)
     assert refused.value.code == 2
+
+
+def test_a_run_that_removes_its_own_checkpoints_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = write(tmp_path / "runs" / "a" / "checkpoints" / "step-1" / "state.pt").parent
+    write(tmp_path / "runs" / "a" / "events.jsonl")
+    scandir = os.scandir
+
+    def vanishes(path: str | Path) -> object:
+        if Path(path) == gone:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishes)
+    assert prune.prune(tmp_path, 30, dry_run=True) == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,19 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert "cut short" in heard[1]
     with pytest.raises(DataError, match="does not match its hash"):
         trainer(tmp_path).train(resume_from_checkpoint=kept[2])
+
+
+def test_an_old_checkpoint_that_somebody_still_reads_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+
+    def rmdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # NFS: a file that is open leaves another behind
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    checkpoint.Checkpoints(tmp_path, keep=1, world=None)._prune(6)  # type: ignore[arg-type]
 
 
 def test_training_anew_in_the_same_folder_keeps_its_own_checkpoints(tmp_path: Path) -> None:

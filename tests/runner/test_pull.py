@@ -16,6 +16,7 @@ from opensloth.fingerprint import folder_sha256
 from runner import channel, transfer
 from runner.channel import VolumeError
 from runner.errors import RunnerError
+from runner.results import staged
 
 MIB = 1 << 20
 FINAL = "runs/sft-12345678/final"
@@ -154,3 +155,11 @@ def test_a_link_out_of_the_volume(tmp_path: Path, root: Path) -> None:
     (root / FINAL / "link").symlink_to(secret)
     with pytest.raises(VolumeError, match="leads out of"):
         transfer.pull(FolderVolume(root), FINAL, tmp_path / "here")
+
+
+def test_into_the_folder_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with staged(Path(".")) as aside:
+        (aside / "adapter").write_text("x")
+    assert (tmp_path / "here" / "adapter").read_text() == "x"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from opensloth.errors import StopRequested
 from opensloth.launch import machine, settings
 from opensloth.launch.attempt import Attempt, newest_checkpoint_step
 from opensloth.launch.ending import Ending
+from opensloth.launch.launcher import Launcher
 from opensloth.launch.meeting import Entrance
 from opensloth.launch.part import Part, Teller
 from opensloth.launch.relay import PodLog, Relay
@@ -201,3 +205,33 @@ def test_the_newest_checkpoint_is_found_by_name(tmp_path: Path) -> None:
     for name in ("step-00000020", "step-00000100", ".step-00000200.tmp", "step-x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_checkpoint_step(tmp_path) == 100
+
+
+# --- the last word ------------------------------------------------------------------------------------
+
+
+def test_a_launcher_that_never_joined_says_its_end_under_a_number_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who follows the log drops what it has seen by number."""
+    launcher = Launcher(chosen(tmp_path / "runs" / "x", in_pod=True, node=1))
+    timer = threading.Timer(0.3, lambda: setattr(launcher, "_terminated", True))
+    timer.start()
+    launcher._say_last(launcher._take_part())
+    timer.join()
+    lines = [parse_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.number for line in lines if line] == list(range(len(lines)))
+    assert len(lines) == 2
+    assert '"event": "end"' in lines[-1].text
+
+
+def test_a_full_volume_does_not_swallow_the_last_word(tmp_path: Path) -> None:
+    class Full:
+        def close(self, last_event: Callable[[], None]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    word = tmp_path / "termination-log"
+    launcher = Launcher(chosen(tmp_path / "runs" / "x", in_pod=True, termination_log=word))
+    launcher._part = Full()  # type: ignore[assignment]
+    launcher._say_last(Ending(Cause.PEER_LOST, "node 1 vanished without a word"))
+    assert word.read_text() == "peer_lost: node 1 vanished without a word"
