@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
-from runner.errors import ClusterError
+from runner.errors import ClusterError, UnreachableError
 
 SILENCE_SECONDS: Final = 60.0
 """A command at work says something more often than that."""
@@ -155,7 +155,14 @@ class Conversation:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """None for a sign of life. Raises VolumeError for an error."""
-    said: dict[str, Any] = json.loads(line)
+    try:
+        said: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        shown = line[:200].decode(errors="replace")
+        raise VolumeError(
+            f"the volume's side says what this version does not expect: {shown!r}",
+            "job.image must be one of this version (docker/train.Dockerfile)",
+        ) from error
     if said.get("kind") == "taken":
         raise LostError(said["error"])  # by an upload that saw no sign of life of this one: it goes on from there
     if "error" in said:
@@ -174,11 +181,11 @@ class Patience:
         self._lost = 0
 
     def keep(self, call: Callable[[], Answer]) -> Answer:
-        """Raises the last LostError."""
+        """Raises the last LostError or UnreachableError."""
         while True:
             try:
                 return call()
-            except LostError as error:
+            except (LostError, UnreachableError) as error:
                 self._lost += 1
                 if self._lost == _ATTEMPTS:
                     raise

@@ -14,6 +14,7 @@ from runner.cluster_status import waits_of_pod
 from runner.errors import ClusterError
 from runner.helper_pod import HELPER_LABEL, helper_pod
 from runner.kube.api import PODS, Cluster
+from runner.kube.errors import ForbiddenError, RefusedError
 from runner.kube.exec import Channel, open_exec
 from runner.spec import SHARED_VOLUME
 
@@ -34,6 +35,7 @@ class Helper:
         self.name = f"oslo-helper-{secrets.token_hex(4)}"
         self._manifest = helper_pod(self.name, **_shared_with(pod_spec), deadline_seconds=DEADLINE_SECONDS)
         self._before: Any = None
+        self._refused = False
 
     def open(self, command: list[str]) -> Channel:
         """Run a command in the pod."""
@@ -44,7 +46,7 @@ class Helper:
             self._before = signal.signal(signal.SIGTERM, _terminate)
         try:
             self._remove_finished()
-            self._cluster.create(PODS, self._manifest)
+            self._create()
             self._wait()
         except BaseException:
             self._leave()
@@ -55,6 +57,13 @@ class Helper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leave()
+
+    def _create(self) -> None:
+        try:
+            self._cluster.create(PODS, self._manifest)
+        except (ForbiddenError, RefusedError):
+            self._refused = True
+            raise
 
     def _wait(self) -> None:
         """Until it runs. Raises ClusterError with what it waits for."""
@@ -81,7 +90,8 @@ class Helper:
 
     def _leave(self) -> None:
         try:
-            self._cluster.delete(PODS, self.name, grace_seconds=0)
+            if not self._refused:
+                self._cluster.delete(PODS, self.name, grace_seconds=0)
         except ClusterError as error:
             self._say(f"warning: the helper pod {self.name} could not be deleted; it ends by itself: {error}")
         finally:
