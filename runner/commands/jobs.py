@@ -94,7 +94,7 @@ def cancel(job: str, force: bool, as_json: bool) -> None:
     """Save a checkpoint and stop; the run can be resumed."""
     backend, run = locate(job)
     backend.cancel(run, force=force)
-    last = _wait(backend, run, None)
+    last = _wait(backend, run, None, goes_on="is still being cancelled")
     output.say(f"{last.handle} is {last.state}\n  {watching.next_step(last)}")
     if as_json:
         output.show_json(last.to_json())
@@ -193,15 +193,15 @@ def _changes(backend: Backend, run: str, handle: str, interval: float) -> Iterat
         last = status
 
 
-def _wait(backend: Backend, run: str, timeout: float | None) -> RunStatus:
+def _wait(backend: Backend, run: str, timeout: float | None, goes_on: str = "goes on") -> RunStatus:
     """Poll until the run is over, with a line on stderr when its state changes and every half minute.
 
-    timeout: seconds. Raises WaitTimeoutError, Interrupted, JobCancelledError.
+    timeout: seconds. goes_on: what becomes of the run when the waiting is interrupted. Raises WaitTimeoutError, Interrupted, JobCancelledError.
     """
     status = backend.get(run)
     end = None if timeout is None else time.monotonic() + timeout
     said_state, said_at = None, 0.0
-    with watching.may_be_interrupted(status.handle):
+    with watching.may_be_interrupted(status.handle, goes_on):
         while not status.state.is_over:
             if status.state != said_state or time.monotonic() - said_at > _HEARTBEAT_SECONDS:
                 output.say(output.status_line(status))

@@ -71,10 +71,9 @@ def _on_cluster(
     run = backend.named(wanted)
     if run is not None:
         return backend, run
-    if past:
-        found = _in_the_past(backend, wanted)
-        if found is not None:
-            return found
+    found = _in_the_past(backend, wanted) if past else None
+    if found is not None:
+        return found
     raise _not_found(job, [*(here or []), *backend.runs()])
 
 
@@ -82,10 +81,13 @@ def _in_the_past(backend: KubernetesBackend, wanted: str) -> tuple[Backend, str]
     """A deleted run, read from the volume through a helper pod that ends with the command."""
     from runner.cluster_history import ClusterHistory
 
-    history = click.get_current_context().with_resource(
-        ClusterHistory.of(backend.cluster, settings().job_defaults, output.say)
-    )
-    run = history.named(wanted)
+    try:
+        opened = ClusterHistory.of(backend.cluster, settings().job_defaults, output.say)
+        history = click.get_current_context().with_resource(opened)
+        run = history.named(wanted)
+    except (ClusterError, UsageError) as error:
+        output.say(f"note: runs whose job was deleted were not looked for: {error.message}")
+        return None
     return None if run is None else (history, run)
 
 

@@ -20,8 +20,11 @@ class _Terminated(Exception):
 
 
 @contextmanager
-def may_be_interrupted(handle: str) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into Interrupted: who stops watching does not stop the job."""
+def may_be_interrupted(handle: str, goes_on: str = "goes on") -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into Interrupted: who stops watching does not stop the job.
+
+    goes_on: what becomes of the run.
+    """
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
         raise _Terminated
@@ -31,9 +34,9 @@ def may_be_interrupted(handle: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted; {handle} goes on", hint, exit_code=130) from error
+        raise Interrupted(f"interrupted; {handle} {goes_on}", hint, exit_code=130) from error
     except _Terminated as error:
-        raise Interrupted(f"terminated; {handle} goes on", hint, exit_code=143) from error
+        raise Interrupted(f"terminated; {handle} {goes_on}", hint, exit_code=143) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -179,6 +179,13 @@ def test_cancelling_is_not_over_before_the_pods_have_left() -> None:
     assert (status.state, status.cause) == (State.CANCELLED, "cancelled")
 
 
+def test_a_pod_that_is_stuck_keeps_a_run_from_being_cancelled_and_is_named() -> None:
+    found = job("Created", "Suspended", suspend=True, annotations={CANCELLED_ANNOTATION: "{}"})
+    stuck = pod(1, RUNS)
+    stuck["metadata"]["deletionTimestamp"] = STUCK
+    assert "worker-0 is stuck" in status_of(found, stuck).reason
+
+
 def test_a_queue_suspends_too() -> None:
     found = job("Created", "Suspended", suspend=True)
     assert "is suspended" in status_of(found).reason
