@@ -196,7 +196,8 @@ def _changes(backend: Backend, run: str, handle: str, interval: float) -> Iterat
 def _wait(backend: Backend, run: str, timeout: float | None, goes_on: str = "goes on") -> RunStatus:
     """Poll until the run is over, with a line on stderr when its state changes and every half minute.
 
-    timeout: seconds. goes_on: what becomes of the run when the waiting is interrupted. Raises WaitTimeoutError, Interrupted, JobCancelledError.
+    timeout: seconds. goes_on: what becomes of the run when the waiting is interrupted.
+    Raises WaitTimeoutError, Interrupted, JobCancelledError.
     """
     status = backend.get(run)
     end = None if timeout is None else time.monotonic() + timeout

@@ -182,7 +182,7 @@ def test_cancelling_is_not_over_before_the_pods_have_left() -> None:
 def test_a_pod_that_is_stuck_keeps_a_run_from_being_cancelled_and_is_named() -> None:
     found = job("Created", "Suspended", suspend=True, annotations={CANCELLED_ANNOTATION: "{}"})
     stuck = pod(1, RUNS)
-    stuck["metadata"]["deletionTimestamp"] = STUCK
+    stuck["metadata"]["deletionTimestamp"] = "2027-01-15T07:00:00Z"
     assert "worker-0 is stuck" in status_of(found, stuck).reason
 
 
