@@ -163,6 +163,8 @@ class Cause:
     CANCELLED: Final = "cancelled"
     TERMINATED: Final = "terminated"
     KILLED: Final = "killed"
+    VOLUME: Final = "volume"
+    """A fault of the volume that may pass: an I/O error, a stale handle, no answer."""
     PEER_LOST: Final = "peer_lost"
     """Another rank or node went away: a consequence, never the first cause."""
     SUPERSEDED: Final = "superseded"
@@ -182,6 +184,7 @@ EXIT_CODE_OF_CAUSE: Final = {
     Cause.CANCELLED: ExitCode.INFRASTRUCTURE,
     Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
     Cause.KILLED: ExitCode.INFRASTRUCTURE,
+    Cause.VOLUME: ExitCode.INFRASTRUCTURE,
     Cause.PEER_LOST: ExitCode.INFRASTRUCTURE,
     Cause.SUPERSEDED: ExitCode.INFRASTRUCTURE,
 }

@@ -12,6 +12,22 @@ from typing import Any, Final
 _STALE_READS: Final = 3
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What volumes without hard links (SMB, some buckets) answer."""
+_MAY_PASS: Final = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOLCK,
+)
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+MAKE_ROOM: Final = "free some (oslo delete RUN --files) and submit again: it goes on from the last checkpoint"
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is a fault of a volume (its server or the network to it) that another try may not meet."""
+    return isinstance(error, OSError) and error.errno in _MAY_PASS
 
 
 def write_atomically(path: Path, data: bytes) -> None:

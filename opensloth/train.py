@@ -24,7 +24,7 @@ from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.dist import World, barrier, join_world, leave_world
 from opensloth.errors import OpenSlothError
 from opensloth.events import Events, NullEvents
-from opensloth.files import sync_tree, write_json
+from opensloth.files import MAKE_ROOM, NO_ROOM, may_pass, sync_tree, write_json
 from opensloth.model import load_model, published_dtype
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.orders import Orders
@@ -182,6 +182,10 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
             hint,
         )
+    if may_pass(error):
+        return Cause.VOLUME, f"the volume failed ({error})", ""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return Cause.CONFIG, f"no room is left on the volume ({error})", MAKE_ROOM
     text = f"{type(error).__name__}: {error}"
     lost = (
         "Connection closed by peer",
@@ -218,7 +222,7 @@ def main() -> int:
         run_rank(run, attempt)
     except Exception as error:  # the boundary: everything is classified, nothing is swallowed
         cause, message, hint = _cause_of(error)
-        if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY):
+        if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY, Cause.VOLUME):
             traceback.print_exc()
         else:
             print(error, file=sys.stderr)  # noqa: T201

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opensloth.contract import Cause
 from opensloth.errors import DataError
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+from opensloth.files import NO_ROOM, may_pass
 
 
 @contextmanager
@@ -24,5 +23,8 @@ def file_errors(where: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "make room, for example by oslo data prune --unused" if error.errno in _NO_ROOM else ""
-        raise DataError(f"{error.filename or where}: {reason}", hint) from error
+        hint = "make room, for example by oslo data prune --unused" if error.errno in NO_ROOM else ""
+        problem = DataError(f"{error.filename or where}: {reason}", hint)
+        if may_pass(error):
+            problem.cause = Cause.VOLUME
+        raise problem from error

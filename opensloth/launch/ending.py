@@ -13,7 +13,7 @@ from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause
 from opensloth.orders import CAUSES as ASKED
 
 _LOST = (Cause.PEER_LOST,)
-_KILLED = (Cause.KILLED,)
+_KILLED = (Cause.KILLED, Cause.VOLUME)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class NodeFacts:
 
 
 def first_cause(endings: Iterable[Ending]) -> Ending | None:
-    """The earliest fault of somebody's own, else what was asked for, else who was killed; victims come last."""
+    """The earliest fault of somebody's own, else what was asked for, else who was killed, or met a fault of the volume.
+
+    Victims come last.
+    """
     written = sorted((e for e in endings if e.cause != Cause.SUCCEEDED), key=lambda ending: ending.time)
     own = [e for e in written if e.cause not in (*ASKED, *_KILLED, *_LOST)]
     for kind in (own, *([e for e in written if e.cause in causes] for causes in (ASKED, _KILLED, _LOST))):

@@ -32,7 +32,7 @@ from opensloth.launch.ending import Ending, first_cause
 from opensloth.launch.part import POLL_SECONDS, Part, quiet_events
 from opensloth.launch.ranks import kill_strays, missing_devices, ranks_of_node, run_ranks
 from opensloth.launch.settings import Settings
-from opensloth.launch.volume import unwritable
+from opensloth.launch.volume import fault
 from opensloth.pod_log import format_end
 
 RECORDS_SECONDS = 10.0
@@ -81,8 +81,8 @@ class Launcher:
                 self._part.attempt.ask_to_stop(Cause.TERMINATED)
 
     def _failure(self, error: Exception) -> Ending:
-        refused = unwritable(error, self._settings.run) if isinstance(error, OSError) else None
-        return refused or Ending(Cause.ERROR, f"the launcher failed: {type(error).__name__}: {error}")
+        of_volume = fault(error, self._settings.run) if isinstance(error, OSError) else None
+        return of_volume or Ending(Cause.ERROR, f"the launcher failed: {type(error).__name__}: {error}")
 
     # --- the attempt ----------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def refused(attempts: Sequence[Past], step: int | None = None, **limits: float |
     return ending.cause if ending else None
 
 
-@pytest.mark.parametrize("cost", [None, Cause.KILLED, Cause.PEER_LOST])
+@pytest.mark.parametrize("cost", [None, Cause.KILLED, Cause.PEER_LOST, Cause.VOLUME])
 def test_as_many_restarts_as_allowed_and_no_more(cost: str | None) -> None:
     assert refused([]) is None
     assert refused(past(*[(cost, None)] * 3)) is None
@@ -74,6 +74,7 @@ def test_the_message_tells_the_history() -> None:
         ((None, None), (7, 8), None),
         ((None, None), (None, None), None),
         ((Cause.PEER_LOST, None), (7, 7), None),
+        ((Cause.VOLUME, Cause.VOLUME), (7, 7), None),
         ((None, Cause.OUT_OF_MEMORY), (7, 7), None),
     ],
 )

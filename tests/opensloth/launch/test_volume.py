@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from opensloth.contract import Cause
+from opensloth.data.file_errors import file_errors
+from opensloth.errors import DataError
+from opensloth.launch.launcher import Launcher
+from opensloth.launch.settings import Settings
 from opensloth.pod_log import parse_end
 
 # Drops its rights after the imports: the interpreter may lie where another user cannot read.
@@ -61,3 +68,52 @@ def test_a_volume_that_is_not_mounted(tmp_path: Path) -> None:
     assert code == 2
     assert f"{tmp_path / 'shared'} does not exist: the volume is not mounted" in last_word
     assert not (tmp_path / "shared").exists()
+
+
+def met(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[str, int, str, str]:
+    """(cause, exit code, message, hint) of a launcher that meets this error wherever it goes."""
+    run = tmp_path / "shared" / "runs" / "x"
+    run.mkdir(parents=True)
+    launcher = Launcher(Settings(run=run, config=run / "config.yaml"))
+    error = OSError(number, os.strerror(number), str(run / "events.jsonl"))
+
+    def serve() -> None:
+        raise error
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(launcher, "_serve", serve)
+    ended = []
+    monkeypatch.setattr(launcher, "_say_last", ended.append)
+    code = launcher.run()
+    return ended[0].cause, code, ended[0].message, ended[0].hint
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_fault_of_the_volume_that_may_pass_is_not_final(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cause, code, message, _ = met(number, monkeypatch, tmp_path)
+    assert (cause, code) == (Cause.VOLUME, 143)
+    assert os.strerror(number) in message
+    assert "events.jsonl" in message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_volume_is_final_and_says_what_to_do(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cause, code, message, hint = met(number, monkeypatch, tmp_path)
+    assert (cause, code) == (Cause.CONFIG, 2)
+    assert str(tmp_path / "shared") in message
+    assert "submit again" in hint
+
+
+def test_the_dataset_and_the_ranks_tell_such_faults_apart_too() -> None:
+    from opensloth.train import _cause_of  # imports torch
+
+    stale, full = (OSError(number, os.strerror(number)) for number in (errno.ESTALE, errno.ENOSPC))
+    assert [_cause_of(error)[0] for error in (stale, full)] == [Cause.VOLUME, Cause.CONFIG]
+    for error, cause in ((stale, Cause.VOLUME), (full, Cause.DATA)):
+        with pytest.raises(DataError) as caught, file_errors("here"):
+            raise error
+        assert caught.value.cause == cause
