@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause, ExitCode
 from opensloth.human import human_duration
@@ -15,6 +16,7 @@ from opensloth.launch.ending import Ending
 _COSTS = (None, Cause.KILLED, Cause.PEER_LOST, Cause.VOLUME)
 """What an attempt ended with that was lost; None: it has no end, its launcher was killed."""
 _MORE_TIME = "the last checkpoint stands: raise job.deadline and submit again to go on from it"
+_TIMES = {2: "twice", 3: "three times"}
 _SHOWN = 8
 """So many of the lost attempts are told of in the message."""
 
@@ -96,16 +98,22 @@ def _budget_spent(lost: Sequence[Past], max_restarts: int | None) -> Ending | No
 
 
 def _killed_at_one_step(past: Sequence[Past], last_step: Callable[[int], int | None]) -> Ending | None:
-    """Twice in a row killed after the same step: whatever it is, it will come again."""
-    last_two = past[-2:]
-    if len(last_two) < 2 or any(attempt.cause not in (None, Cause.KILLED) for attempt in last_two):
+    """Killed again after the same step: whatever it is, it will come again.
+
+    Twice is enough where a launcher saw its ranks killed. Attempts without an end may have been cancelled by force or
+    preempted as well: of these it takes three. One that has reported no step is no evidence.
+    """
+    in_a_row = list(takewhile(lambda attempt: attempt.cause in (None, Cause.KILLED), reversed(past)))
+    count = 2 if any(attempt.cause == Cause.KILLED for attempt in in_a_row[:2]) else 3
+    if len(in_a_row) < count:
         return None
-    one, other = (last_step(attempt.number) for attempt in last_two)
-    if one is None or one != other:
+    same = in_a_row[:count][::-1]
+    one, *others = (last_step(attempt.number) for attempt in same)
+    if one is None or any(other != one for other in others):
         return None
     return Ending(
         Cause.OUT_OF_MEMORY,
-        f"killed twice at step {one} (attempts {last_two[0].number} and {last_two[1].number}): "
+        f"killed {_TIMES[count]} at step {one} (attempts {', '.join(str(attempt.number) for attempt in same)}): "
         "most likely out of host memory",
         "raise job.memory, or try a smaller batch or model",
     )

@@ -69,11 +69,13 @@ def test_the_message_tells_the_history() -> None:
 @pytest.mark.parametrize(
     ("causes", "steps", "expected"),
     [
-        ((None, None), (7, 7), Cause.OUT_OF_MEMORY),
+        ((Cause.KILLED, Cause.KILLED), (7, 7), Cause.OUT_OF_MEMORY),
+        ((None, Cause.KILLED), (7, 7), Cause.OUT_OF_MEMORY),
+        ((None, None), (7, 7), None),
         ((Cause.KILLED, None), (7, 7), Cause.OUT_OF_MEMORY),
-        ((None, None), (7, 8), None),
-        ((None, None), (None, None), None),
-        ((Cause.PEER_LOST, None), (7, 7), None),
+        ((Cause.KILLED, Cause.KILLED), (7, 8), None),
+        ((Cause.KILLED, Cause.KILLED), (None, None), None),
+        ((Cause.PEER_LOST, Cause.KILLED), (7, 7), None),
         ((Cause.VOLUME, Cause.VOLUME), (7, 7), None),
         ((None, Cause.OUT_OF_MEMORY), (7, 7), None),
     ],
@@ -86,6 +88,17 @@ def test_killed_twice_at_one_step(
     assert (ending.cause if ending else None) == expected
     if ending:
         assert "killed twice at step 7" in ending.message
+
+
+@pytest.mark.parametrize(("steps", "final"), [((7, 7, 7), True), ((6, 7, 7), False), ((None, None, None), False)])
+def test_launchers_that_vanished_at_one_step_may_have_been_cancelled_by_force(
+    steps: tuple[int | None, ...], final: bool
+) -> None:
+    attempts = past(*[(None, None)] * 3)
+    ending = refusal(attempts, None, max_restarts=9, deadline_seconds=None, last_step=lambda number: steps[number - 1])
+    assert (ending is not None) is final
+    if ending:
+        assert "killed three times at step 7 (attempts 1, 2, 3)" in ending.message
 
 
 def test_the_deadline_is_for_all_attempts_together() -> None:

@@ -231,14 +231,14 @@ def test_a_budget_that_is_spent_is_final_and_tells_the_history(pods: MakePods) -
     assert "attempt 1 without an end; attempt 2 without an end" in message
 
 
-def test_killed_twice_at_one_step_is_out_of_memory(pods: MakePods) -> None:
+def test_killed_at_one_step_is_out_of_memory(pods: MakePods) -> None:
     run = pods(nodes=1)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         (run.folder / "attempts" / str(number)).mkdir(parents=True)
-    events = [{"event": "step", "step": 7, "attempt": number, "rank": 0, "time": 0} for number in (1, 2)]
+    events = [{"event": "step", "step": 7, "attempt": number, "rank": 0, "time": 0} for number in (1, 2, 3)]
     (run.folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     assert run.finish_all() == [5]
-    assert "killed twice at step 7" in run.attempt("ended.json")["message"]
+    assert "killed three times at step 7" in run.attempt("ended.json")["message"]
 
 
 def test_one_torchrun_that_is_killed_ends_both_in_infrastructure(pods: MakePods) -> None:
