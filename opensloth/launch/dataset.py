@@ -14,7 +14,7 @@ from opensloth import contract
 from opensloth.contract import Cause
 from opensloth.events import Events
 from opensloth.launch.ending import Ending, killed
-from opensloth.launch.part import POLL_SECONDS, Part
+from opensloth.launch.part import Part
 
 PROGRESS_SECONDS = 1.0
 """At most one progress event of data preparation in this time."""
@@ -39,7 +39,7 @@ def prepare_dataset(part: Part) -> dict[str, Any] | Ending:
         if leave:
             os.killpg(child.pid, signal.SIGKILL)  # the cache is built aside: nothing half-done is left in place
             child.wait()
-        time.sleep(POLL_SECONDS)
+        time.sleep(part.settings.poll_seconds)
     answer.feed(child.stdout.read() or b"")
     child.stdout.close()
     return leave or part.reason_to_leave("the dataset was prepared") or _outcome(answer, child.returncode, part)

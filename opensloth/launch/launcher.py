@@ -29,7 +29,7 @@ from opensloth.launch import budget, history, meeting, settings
 from opensloth.launch.attempt import Attempt, attempt_numbers
 from opensloth.launch.dataset import prepare_dataset
 from opensloth.launch.ending import Ending, first_cause
-from opensloth.launch.part import POLL_SECONDS, Part, quiet_events
+from opensloth.launch.part import Part, quiet_events
 from opensloth.launch.ranks import kill_strays, missing_devices, ranks_of_node, run_ranks
 from opensloth.launch.settings import Settings
 from opensloth.launch.volume import fault
@@ -247,7 +247,7 @@ class Launcher:
         while missing := part.attempt.missing(contract.NODE_FILE, self._settings.nodes):
             if time.monotonic() > until or part.interruption():
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(self._settings.poll_seconds)
         return missing
 
     def _verdict(self, part: Part, own: Ending) -> Ending:
@@ -257,7 +257,7 @@ class Launcher:
             limit = VERDICT_WHEN_TERMINATED_SECONDS if self._terminated else VERDICT_SECONDS
             if time.monotonic() - begin > limit or part.interruption():
                 return part.attempt.ended() or own
-            time.sleep(POLL_SECONDS)
+            time.sleep(self._settings.poll_seconds)
         return ended
 
     def _say_last(self, ending: Ending) -> None:

@@ -15,7 +15,7 @@ from opensloth.human import human_duration
 from opensloth.launch import machine
 from opensloth.launch.attempt import Attempt, attempt_numbers
 from opensloth.launch.ending import Ending
-from opensloth.launch.part import POLL_SECONDS, Part, Teller
+from opensloth.launch.part import Part, Teller
 from opensloth.launch.settings import Settings
 
 
@@ -44,7 +44,7 @@ class Entrance:
             if waits is None:
                 return attempt
             self._teller.say(waits)
-            time.sleep(POLL_SECONDS)
+            time.sleep(self._settings.poll_seconds)
 
     def _obstacle(self, attempt: Attempt) -> str | None:
         """Why the attempt cannot be joined, as a sentence; None: it has been joined."""

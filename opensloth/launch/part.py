@@ -19,7 +19,6 @@ from opensloth.launch.relay import PodLog, Relay
 from opensloth.launch.settings import Settings
 from opensloth.pod_log import launcher_rank
 
-POLL_SECONDS = 0.1
 REPEAT_SECONDS = 30.0
 """What is waited for is said again after so long."""
 Found = TypeVar("Found")
@@ -159,7 +158,7 @@ class Part:
             if found is not None:
                 return found
             teller.say(waiting())
-            time.sleep(POLL_SECONDS)
+            time.sleep(self.settings.poll_seconds)
 
     def close(self, last_event: Callable[[], None] = lambda: None) -> None:
         """Hand on what the ranks have said to the last line, then say the last event."""

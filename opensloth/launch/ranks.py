@@ -14,15 +14,12 @@ from opensloth import contract
 from opensloth.contract import Cause
 from opensloth.launch import machine
 from opensloth.launch.ending import Ending, NodeFacts, ending_of_node
-from opensloth.launch.part import POLL_SECONDS, Part
+from opensloth.launch.part import Part
 from opensloth.launch.settings import Settings
 from opensloth.run_config import RunConfig
 
 FAILED_ELSEWHERE_SECONDS = 10.0
 """Ranks that wait in a collective for those of a node that has failed get this long to notice by themselves."""
-
-POD_POLL_SECONDS = 0.5
-"""Each look lists folders of a volume that many may share."""
 
 
 def ranks_of_node(settings: Settings, config: RunConfig) -> int:
@@ -122,7 +119,7 @@ def _oversee(child: subprocess.Popen[bytes], part: Part, check_time: Callable[[]
             return cut
         if asked.seconds(part.attempt.stop_cause() is not None) > part.settings.grace_seconds:
             _kill(child, part.settings)
-        time.sleep(POD_POLL_SECONDS if part.settings.in_pod else POLL_SECONDS)
+        time.sleep(part.settings.poll_seconds)
     return None
 
 

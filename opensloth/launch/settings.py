@@ -13,6 +13,9 @@ from opensloth.beat import STALE_SECONDS
 GRACE_SECONDS = 120.0
 """How long ranks may take to agree, save and leave once they were asked to."""
 START_TIMEOUT_SECONDS = 1800.0
+POLL_SECONDS = 0.1
+POD_POLL_SECONDS = 0.5
+"""Each look lists folders of a volume that many may share."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Settings:
     @property
     def is_main(self) -> bool:
         return self.node == 0
+
+    @property
+    def poll_seconds(self) -> float:
+        """Between two looks at what the others have written."""
+        return POD_POLL_SECONDS if self.in_pod else POLL_SECONDS
 
 
 def read(run: Path, env: Mapping[str, str] = os.environ) -> Settings:

@@ -200,6 +200,21 @@ def test_a_newer_attempt_fences_the_older(tmp_path: Path) -> None:
     Orders(newer.folder).fence()
 
 
+def test_in_a_pod_the_volume_is_asked_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look lists folders several times, and all nodes wait at once."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    attempt = Attempt.allocate(tmp_path, 2)
+    for in_pod in (False, True):
+        part = Part(chosen(tmp_path, node=1, in_pod=in_pod), attempt)
+        looks = iter([None, "found"])
+        assert part.wait_for(lambda looks=looks: next(looks), lambda: "waiting", "waiting") == "found"  # type: ignore[misc]
+        part.close()
+        reasons = iter([None, Ending(Cause.TERMINATED, "")])
+        Entrance(chosen(tmp_path / "none", node=1, in_pod=in_pod), "a", Notes()).join(lambda it=reasons: next(it))  # type: ignore[arg-type,misc]
+    assert slept == [0.1, 0.1, 0.5, 0.5]
+
+
 def test_the_newest_checkpoint_is_found_by_name(tmp_path: Path) -> None:
     assert newest_checkpoint_step(tmp_path) is None
     for name in ("step-00000020", "step-00000100", ".step-00000200.tmp", "step-x"):
