@@ -37,8 +37,10 @@ from opensloth.pod_log import format_end
 
 RECORDS_SECONDS = 10.0
 """How long node 0 waits for the other nodes' records after its ranks have failed."""
+RECORDS_WHEN_TERMINATED_SECONDS = 3.0
+"""The same in a pod that is about to be killed: ended.json must be written by then, or the stop counts as a loss."""
 DONE_SECONDS = 120.0
-"""The same after success: node 0's exit ends the job, and the pods that are not done yet."""
+"""How long it waits after success: node 0's exit ends the job, and the pods that are not done yet."""
 VERDICT_SECONDS = 60.0
 """How long another node waits for ended.json: longer than node 0 waits for its ranks and for the records."""
 VERDICT_WHEN_TERMINATED_SECONDS = 5.0
@@ -243,9 +245,10 @@ class Launcher:
 
     def _wait_for_records(self, part: Part, own: Ending) -> list[int]:
         """The nodes that have not said in time how it ended there."""
-        until = time.monotonic() + (DONE_SECONDS if own.cause == Cause.SUCCEEDED else RECORDS_SECONDS)
+        begin, patience = time.monotonic(), DONE_SECONDS if own.cause == Cause.SUCCEEDED else RECORDS_SECONDS
         while missing := part.attempt.missing(contract.NODE_FILE, self._settings.nodes):
-            if time.monotonic() > until or part.interruption():
+            limit = RECORDS_WHEN_TERMINATED_SECONDS if self._terminated else patience
+            if time.monotonic() - begin > limit or part.interruption():
                 break
             time.sleep(self._settings.poll_seconds)
         return missing

@@ -222,6 +222,22 @@ def test_the_newest_checkpoint_is_found_by_name(tmp_path: Path) -> None:
     assert newest_checkpoint_step(tmp_path) == 100
 
 
+@pytest.mark.parametrize(("terminated", "longest"), [(True, 4), (False, 11)])
+def test_a_pod_that_is_about_to_be_killed_does_not_wait_long_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminated: bool, longest: float
+) -> None:
+    """It would be killed before ended.json, and a clean stop would count as a loss."""
+    now = [0.0]
+    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    launcher = Launcher(chosen(tmp_path))
+    launcher._terminated = terminated
+    part = Part(chosen(tmp_path), Attempt.allocate(tmp_path, 2))
+    assert launcher._wait_for_records(part, Ending(Cause.TERMINATED, "")) == [1]
+    assert longest - 1 <= now[0] <= longest
+    part.close()
+
+
 # --- the last word ------------------------------------------------------------------------------------
 
 
