@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,11 @@ def _publish(
     trainer.save_model(aside, _saved_dtype(config))
     sync_tree(aside)
     place.orders.fence()
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = run / f".{contract.FINAL_DIR}.{uuid.uuid4().hex[:8]}.replaced.tmp"
+    if final.exists():
+        final.rename(replaced)
     aside.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)  # NFS keeps what somebody still reads: gone the next time
     versions = {
         "opensloth": __version__,
         "torch": torch.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from opensloth.errors import ConfigError, DataError
 from opensloth.hardware import Hardware, bring_in_line
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
 from opensloth.run_config import from_python
-from opensloth.train import train
+from opensloth.train import _publish, train
+from opensloth.trainer import Place, TrainResult
 
 CPU = Hardware(cuda=0, bf16=False, bitsandbytes=False)
 GPU = Hardware(cuda=1, bf16=True, bitsandbytes=True)
@@ -135,3 +137,23 @@ def test_a_target_module_that_the_model_does_not_have(prepared: Path) -> None:
     config = config.model_copy(update={"lora_args": LoraArgs(target_modules=["q_proj", "query"])})
     with pytest.raises(ConfigError, match=r"no module named query .*its linear layers are down_proj, gate_proj"):
         train(config, documented_training(prepared))
+
+
+def test_a_result_that_somebody_still_reads_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the files of a folder that is read under other names in it: it cannot be removed."""
+
+    class Trainer:
+        def save_model(self, folder: Path, _: object) -> None:
+            folder.mkdir()
+            (folder / "adapter").write_text("new")
+
+    place = Place(tmp_path / "checkpoints", tmp_path / "final", tmp_path)
+    place.final.mkdir()
+    (place.final / "adapter").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    config = from_python(documented(tmp_path), documented_training(tmp_path), "x")
+    result = TrainResult(1, 0.5, None, 7, 1.0)
+    _publish(Trainer(), config, place, tmp_path, result, None)  # type: ignore[arg-type]
+    assert (place.final / "adapter").read_text() == "new"
