@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +37,13 @@ _KEY: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing to remove. size in bytes; due: asked again right before, because hours may lie between."""
+    """One thing to remove. size in bytes; due: whether it still is, asked right before: hours may lie between."""
 
     what: str
     path: Path
     size: int
     remove: Callable[[], None]
-    due: Callable[[], Collection[Path]]
+    due: Callable[[], bool]
 
 
 def removals(root: Path, older_than_days: float, now: float) -> Iterator[Removal]:
@@ -61,46 +61,56 @@ def removals(root: Path, older_than_days: float, now: float) -> Iterator[Removal
 
 
 def _of_run(run: Path, limit: float) -> Iterator[Removal]:
-    def due() -> list[Path]:
-        folders = (run / contract.CHECKPOINTS_DIR, *run.glob(f".{contract.CHECKPOINTS_DIR}.*.removed"))
-        return [folder for folder in folders if folder.is_dir()] if _last_written(run) < limit else []
+    def due() -> bool:
+        return _last_written(run) < limit
 
-    return _each("checkpoints", due)
+    if due():
+        for folder in (run / contract.CHECKPOINTS_DIR, *run.glob(f".{contract.CHECKPOINTS_DIR}.*.removed")):
+            if folder.is_dir():
+                yield _removal("checkpoints", folder, due)
 
 
 def _of_inputs(root: Path, limit: float) -> Iterator[Removal]:
-    def due() -> list[Path]:
-        runs = _visible_folders(root / contract.RUNS_DIR)
-        used = {key for run in runs if _last_written(run) >= limit for key in _inputs_of(run)}
-        inputs = [path for path in _visible_folders(root / contract.INPUTS_DIR) if _KEY.fullmatch(path.name)]
-        return [path for path in inputs if path.name not in used and _last_written(path) < limit]
+    named_by: dict[Path, set[str]] = {}  # runs may come meanwhile; the config of a run names the same inputs for ever
 
-    return _each("input", due)
+    def due(path: Path) -> bool:
+        for run in _visible_folders(root / contract.RUNS_DIR):
+            if run not in named_by:
+                with suppress(FileNotFoundError):
+                    named_by[run] = set(_INPUT.findall((run / contract.CONFIG_FILE).read_text()))
+        users = [run for run, keys in named_by.items() if path.name in keys]
+        return _last_written(path) < limit and not any(_last_written(run) >= limit for run in users)
+
+    for path in _visible_folders(root / contract.INPUTS_DIR):
+        if _KEY.fullmatch(path.name) and due(path):
+            yield _removal("input", path, partial(due, path))
 
 
 def _of_cache(folder: Path, older_than_days: float, now: float) -> Iterator[Removal]:
     limit = now - older_than_days * DAY_SECONDS
 
-    def old() -> list[cache.Entry]:
-        chosen = cache.select_for_pruning(cache.entries(folder), older_than_days=older_than_days, unused=False, now=now)
-        return [entry for entry in chosen if not any(_last_written(Path(run)) >= limit for run in entry.used_by)]
+    def due(key: str) -> bool:
+        found = [entry for entry in [cache.entry(folder / key)] if entry is not None]
+        chosen = cache.select_for_pruning(found, older_than_days=older_than_days, unused=False, now=now)
+        return any(not any(_last_written(Path(run)) >= limit for run in entry.used_by) for entry in chosen)
 
-    for entry in old():
-        remove = partial(cache.remove_entry, entry)
-        yield Removal("prepared dataset", entry.path, entry.size, remove, lambda: [entry.path for entry in old()])
+    for entry in cache.entries(folder):
+        if due(entry.key):
+            remove = partial(cache.remove_entry, entry)
+            yield Removal("prepared dataset", entry.path, entry.size, remove, partial(due, entry.key))
 
 
 def _of_leftovers(parent: Path, patterns: Sequence[str], now: float) -> Iterator[Removal]:
-    def due() -> list[Path]:
-        found = sorted(path for pattern in patterns for path in parent.glob(pattern))
-        return [path for path in found if _last_written(path) < now - DAY_SECONDS]
+    def due(path: Path) -> bool:
+        return _last_written(path) < now - DAY_SECONDS
 
-    return _each("leftover", due)
+    for path in sorted(path for pattern in patterns for path in parent.glob(pattern)):
+        if due(path):
+            yield _removal("leftover", path, partial(due, path))
 
 
-def _each(what: str, due: Callable[[], list[Path]]) -> Iterator[Removal]:
-    for path in due():
-        yield Removal(what, path, _size(path), partial(_remove, path), due)
+def _removal(what: str, path: Path, due: Callable[[], bool]) -> Removal:
+    return Removal(what, path, _size(path), partial(_remove, path), due)
 
 
 def _remove(path: Path) -> None:
@@ -157,12 +167,6 @@ def _size(path: Path) -> int:
     return total
 
 
-def _inputs_of(run: Path) -> set[str]:
-    with suppress(FileNotFoundError):
-        return set(_INPUT.findall((run / contract.CONFIG_FILE).read_text()))
-    return set()
-
-
 def _caches(root: Path, runs: Sequence[Path]) -> list[Path]:
     """The dataset caches of the root and of its runs; those elsewhere belong to somebody else."""
     found = {root / run_config.DEFAULT_DATA_CACHE_PATH}
@@ -192,7 +196,7 @@ def prune(root: Path, older_than_days: float, *, dry_run: bool) -> int:
     freed, failed = 0, False
     for removal in removals(root, older_than_days, time.time()):
         if not dry_run:
-            if removal.path not in removal.due():
+            if not (os.path.lexists(removal.path) and removal.due()):
                 continue
             try:
                 removal.remove()

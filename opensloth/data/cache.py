@@ -127,8 +127,14 @@ def entries(cache: Path) -> list[Entry]:
     """All whole entries, the latest first."""
     if not cache.is_dir():
         return []
-    found = [_entry(folder, footer) for folder in cache.iterdir() if (footer := _footer_of(folder)) is not None]
+    found = [one for folder in cache.iterdir() if (one := entry(folder)) is not None]
     return sorted(found, key=lambda entry: -entry.created)
+
+
+def entry(folder: Path) -> Entry | None:
+    """None when there is no whole one."""
+    footer = _footer_of(folder)
+    return None if footer is None else _entry(folder, footer)
 
 
 def select_for_pruning(

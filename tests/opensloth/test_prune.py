@@ -139,6 +139,26 @@ def test_an_input_that_a_run_begins_to_use_meanwhile_stays(tmp_path: Path, monke
     assert [path.name for path in (tmp_path / "inputs").iterdir()] == [KEY_B]
 
 
+def test_a_run_is_not_looked_through_again_for_inputs_that_it_does_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many runs and inputs that took hours."""
+    young = make_run(tmp_path, "young-1", 1, inputs=KEY_C)
+    for key in (KEY_A, KEY_B, KEY_C):
+        age(write(tmp_path / "inputs" / key / "data.jsonl").parent, 31)
+    looked_at: list[Path] = []
+    last_written = prune._last_written
+
+    def count(path: Path) -> float:
+        looked_at.append(path)
+        return last_written(path)
+
+    monkeypatch.setattr(prune, "_last_written", count)
+    prune.prune(tmp_path, 30, dry_run=False)
+    assert [path.name for path in (tmp_path / "inputs").iterdir()] == [KEY_C]
+    assert looked_at.count(young) == 2, "for its checkpoints, and for the input that it names"
+
+
 def test_what_is_no_input_of_ours_stays(tmp_path: Path, pruned: Prune) -> None:
     mine = age(write(tmp_path / "inputs" / "my-corpus" / "data.jsonl").parent, 400)
     pruned()
