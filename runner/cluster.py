@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from opensloth.pod_log import PodLine
 from opensloth.run_config import RunConfig, load
 from runner import cluster_logs, cluster_status, kueue
 from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
@@ -21,7 +22,6 @@ from runner.kube.api import EVENTS, JOBS, PODS, Cluster
 from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError, UnavailableError
 from runner.patience import OUTAGE_SECONDS, patiently
 from runner.pod import CONFIG_ANNOTATION
-from runner.pytorchjob import QUEUE_LABEL
 from runner.spec import OWN_PREFIX
 
 MANAGED: Final = "app.kubernetes.io/managed-by=oslo"
@@ -120,7 +120,9 @@ class KubernetesBackend:
     def cancel(self, run: str, *, force: bool) -> None:
         job = self._job(run)
         status = self._status(job, self._pods_of(run))
-        if is_over(job) or (is_cancelled(job) and not force):
+        if is_cancelled(job) and not status.state.is_over and not force:
+            return  # somebody has asked before: it is waited for
+        if status.state.is_over:
             raise BusyError(f"{status.handle} is {status.state}: there is nothing to cancel")
         self._suspend(job, cluster_status.remember(status))
         if force:
@@ -133,8 +135,8 @@ class KubernetesBackend:
         if cluster_status.is_true(job, "Succeeded"):
             raise BusyError(f"{handle} has succeeded: there is nothing to resume", f"oslo pull {handle}")
         if is_over(job):
-            self._replace(job, _as_submitted(job))
-        elif is_cancelled(job):
+            self._replace(job, _as_submitted(kueue.as_before(job, self._workload(job))))
+        elif is_cancelled(job) or cluster_status.is_held_back(self._workload(job)):
             if self._pods_of(run):
                 raise BusyError(f"{handle} is still being cancelled", f"oslo wait {handle}, then resume it")
             self._suspend(job, None)
@@ -178,7 +180,7 @@ class KubernetesBackend:
         job = self.find(run)
         if job is None:
             return False
-        ours, theirs = manifest["spec"], job["spec"]
+        ours, theirs = manifest["spec"], kueue.as_before(job, self._workload(job))["spec"]
         return any(ours[key] != theirs.get(key) for key in ("nprocPerNode", "pytorchReplicaSpecs"))
 
     def missing_pods(self, run: str) -> tuple[int, list[str]]:
@@ -221,13 +223,27 @@ class KubernetesBackend:
             return []
         return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
 
+    def _workload(self, job: Manifest) -> Manifest | None:
+        """What Kueue keeps for a job that asks for a queue; None without the right to see it."""
+        if not kueue.is_queued(job):
+            return None
+        try:
+            return kueue.workload_of(self.cluster, job)
+        except (ForbiddenError, UnreachableError) as error:
+            self._warn(f"what Kueue says of it is not known: {error}")
+            return None
+
+    def _derive(self, job: Manifest, pods: Sequence[Manifest], lines: Sequence[PodLine]) -> RunStatus:
+        incidents = self._incidents(job["metadata"]["name"]) if _lacks_pods(job, pods) else []
+        waits = cluster_status.is_suspended(job) and not is_over(job) and not is_cancelled(job)
+        workload = self._workload(job) if waits else None
+        return cluster_status.derive(JobFacts(job, pods, lines, incidents, time.time(), workload))
+
     def _status(self, job: Manifest, pods: Sequence[Manifest]) -> RunStatus:
-        run = job["metadata"]["name"]
         pods = sorted(pods, key=node_of)
         told = next(filter(has_started, pods), None)  # the master, unless only a worker is left
         lines = self._tail(told["metadata"]["name"]) if told else []
-        incidents = self._incidents(run) if _lacks_pods(job, pods) else []
-        return cluster_status.derive(JobFacts(job, pods, lines, incidents, time.time()))
+        return self._derive(job, pods, lines)
 
     def _tail(self, pod: str) -> list[Any]:
         try:
@@ -244,8 +260,7 @@ class KubernetesBackend:
         if job is None:
             return cluster_logs.Standing([], True, None)
         pods = patiently(lambda: self._pods_of(run), OUTAGE_SECONDS, self._say)
-        incidents = self._incidents(run) if _lacks_pods(job, pods) else []
-        status = cluster_status.derive(JobFacts(job, pods, [], incidents, time.time()))
+        status = self._derive(job, pods, [])
         cancelling = is_cancelled(job) and pods
         waits = status.reason if status.state is State.PENDING or cancelling else None
         return cluster_logs.Standing(pods, status.state.is_over, waits)
@@ -305,14 +320,21 @@ class KubernetesBackend:
     def _suspend(self, job: Manifest, progress: str | None) -> None:
         """Take the run's pods away, each with its grace period, and note how far it was; None: give them back.
 
-        Where a queue decides over `suspend`, it is asked to: it would undo what anybody else sets.
+        Kueue would undo what anybody else sets in `suspend`. The note is true only once the job is out of its queue.
         """
-        run, change = job["metadata"]["name"], {"metadata": {"annotations": {CANCELLED_ANNOTATION: progress}}}
-        if QUEUE_LABEL in job["metadata"].get("labels", {}):
-            self.cluster.patch(JOBS, run, change)
-            kueue.set_active(self.cluster, job, active=progress is None)
+        run, note = job["metadata"]["name"], {"metadata": {"annotations": {CANCELLED_ANNOTATION: progress}}}
+        ends, queued = progress is not None, kueue.is_queued(job)
+        workload = kueue.workload_of(self.cluster, job) if queued else None
+        if workload is None:
+            if queued and ends and cluster_status.is_suspended(job):
+                raise ClusterError(f"Kueue has not taken up {self.handle(run)} yet", "try again; does its manager run?")
+            self.cluster.patch(JOBS, run, note | {"spec": {"runPolicy": {"suspend": ends}}})
+        elif ends:
+            kueue.set_active(self.cluster, workload, active=False)
+            self.cluster.patch(JOBS, run, note)
         else:
-            self.cluster.patch(JOBS, run, change | {"spec": {"runPolicy": {"suspend": progress is not None}}})
+            self.cluster.patch(JOBS, run, note)
+            kueue.set_active(self.cluster, workload, active=True)
 
 
 def _standing(job: Manifest | None) -> Outcome:

@@ -36,7 +36,7 @@ class JobFacts:
     """What was read of one job.
 
     pods: its own, by name. lines: the last of the master's log. incidents: events about the job, oldest first.
-    now: seconds since the epoch.
+    now: seconds since the epoch. workload: Kueue's, of a job that waits in its queue.
     """
 
     job: Manifest
@@ -44,6 +44,7 @@ class JobFacts:
     lines: Sequence[PodLine]
     incidents: Sequence[Manifest]
     now: float
+    workload: Manifest | None = None
 
 
 def derive(facts: JobFacts) -> RunStatus:
@@ -103,6 +104,11 @@ def is_suspended(job: Manifest) -> bool:
     return bool(job["spec"].get("runPolicy", {}).get("suspend"))
 
 
+def is_held_back(workload: Manifest | None) -> bool:
+    """Whether Kueue leaves the job out of its queue."""
+    return workload is not None and workload["spec"].get("active") is False
+
+
 def is_over(job: Manifest) -> bool:
     """Whether it has succeeded or failed for good."""
     return is_true(job, "Succeeded") or is_true(job, "Failed")
@@ -159,10 +165,30 @@ def _state(facts: JobFacts, events: Sequence[Event]) -> tuple[State, str | None]
 def _suspended(facts: JobFacts) -> tuple[State, str | None]:
     if is_cancelled(facts.job):
         if facts.pods:
-            return State.RUNNING, "is being cancelled: the ranks save a checkpoint and leave"
+            stuck = (text for pod in facts.pods for trouble, text in _pod_waits(pod, facts.now) if trouble)
+            return State.RUNNING, next(stuck, "is being cancelled: the ranks save a checkpoint and leave")
         return State.CANCELLED, None
     queue = facts.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-    return State.PENDING, f"waits in the queue {queue}" if queue else "is suspended (spec.runPolicy.suspend)"
+    return State.PENDING, _queueing(queue, facts.workload) if queue else "is suspended (spec.runPolicy.suspend)"
+
+
+def _queueing(queue: str, workload: Manifest | None) -> str:
+    """Why Kueue does not let it start, in its own words."""
+    conditions = {c["type"]: c for c in (workload or {}).get("status", {}).get("conditions", [])}
+
+    def says(kind: str, status: str) -> str:
+        found = conditions.get(kind, {})
+        return " ".join(str(found.get("message", "")).split()) if found.get("status") == status else ""
+
+    if given_up := says("Finished", "True"):
+        return f"will not be started by Kueue; `oslo cancel` and submit it again: {given_up}"
+    evicted = says("Evicted", "True")  # until it starts again
+    if is_held_back(workload):
+        return f"was taken out of the queue {queue}, which `oslo resume` undoes: {evicted}".rstrip(": ")
+    why = conditions["Evicted"]["reason"] if evicted else "Deactivated"
+    after = "" if why == "Deactivated" else f"was evicted ({why}) and "
+    lacks = says("QuotaReserved", "False") or says("Admitted", "False")
+    return f"{after}waits in the queue {queue}: {lacks}".rstrip(": ")
 
 
 def _waits(facts: JobFacts) -> Iterator[str]:

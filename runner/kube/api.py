@@ -126,10 +126,11 @@ class Cluster:
         with suppress(MissingError):
             self._object("DELETE", resource, name, [], body)
 
-    def preferred_version(self, group: str) -> str:
-        """`group/version`. Raises ClusterError when the cluster does not know the group."""
-        answer = json.loads(self._send("GET", f"/apis/{group}", [], None, f"the API group {group}").data)
-        return str(answer["preferredVersion"]["groupVersion"])
+    def preferred_version(self, group: str) -> str | None:
+        """`group/version`; None when the cluster does not know the group."""
+        answer = self._parsed(self._data(self._send("GET", "/apis", [], None, "API groups"), "get", "API groups"))
+        found = next((one for one in answer["groups"] if one["name"] == group), None)
+        return None if found is None else str(found["preferredVersion"]["groupVersion"])
 
     # --- logs ---------------------------------------------------------------------------------------
 

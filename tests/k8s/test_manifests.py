@@ -28,7 +28,7 @@ RIGHTS: Final = {
         "persistentvolumeclaims": {"get"},
     },
     "oslo-helper": {"pods": {"create", "get", "list", "delete"}, "pods/exec": {"create", "get"}},
-    "oslo-queues": {"workloads": {"get", "list", "patch"}},
+    "oslo-queues": {"workloads": {"list", "patch"}},
 }
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 Manifest = dict[str, Any]

@@ -194,6 +194,50 @@ def test_a_queue_suspends_too() -> None:
     assert (status.state, status.reason) == (State.PENDING, "waits in the queue gpus")
 
 
+LACKS = "couldn't assign flavors to pod set master: insufficient unused quota for cpu in flavor gpu, 1 more needed"
+OUT = "The workload is deactivated"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "active", "reason"),
+    [
+        ([], True, "waits in the queue gpus"),
+        ([("QuotaReserved", "False", "Pending", LACKS)], True, f"waits in the queue gpus: {LACKS}"),
+        (
+            [("QuotaReserved", "False", "Pending", LACKS), ("Evicted", "True", "Preempted", "Preempted to ...")],
+            True,
+            f"was evicted (Preempted) and waits in the queue gpus: {LACKS}",
+        ),
+        (
+            [("QuotaReserved", "False", "Pending", LACKS), ("Evicted", "True", "Deactivated", OUT)],
+            True,  # again
+            f"waits in the queue gpus: {LACKS}",
+        ),
+        (
+            [("QuotaReserved", "False", "Pending", OUT), ("Evicted", "True", "Deactivated", OUT)],
+            False,
+            f"was taken out of the queue gpus, which `oslo resume` undoes: {OUT}",
+        ),
+        (
+            [
+                ("QuotaReserved", "True", "QuotaReserved", ""),
+                ("Finished", "True", "FailedToStart", "conflict for key=x"),
+            ],
+            True,
+            "will not be started by Kueue; `oslo cancel` and submit it again: conflict for key=x",
+        ),
+    ],
+)
+def test_why_it_waits_in_its_queue(conditions: list[tuple[str, ...]], active: bool, reason: str) -> None:
+    """As Kueue 0.17 words its conditions."""
+    listed = [dict(zip(("type", "status", "reason", "message"), one, strict=True)) for one in conditions]
+    workload = {"spec": {"active": active}, "status": {"conditions": listed}}
+    found = job("Created", "Suspended", suspend=True)
+    found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "gpus"
+    status = derive(JobFacts(found, [], [], [], NOW, workload))
+    assert (status.state, status.reason) == (State.PENDING, reason)
+
+
 def test_a_resumed_job_is_not_taken_for_a_suspended_one() -> None:
     """The operator moves the condition that changed last to the end: Suspended=False."""
     status = status_of(job("Created", "Running", "Suspended=False"), pod(0, RUNS), pod(1, RUNS), lines=events(STEP))
