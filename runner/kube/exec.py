@@ -17,9 +17,10 @@ from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import urlencode
 
+import certifi
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
-from kubernetes.stream.ws_client import create_websocket
+from kubernetes.stream.ws_client import websocket_proxycare
 from websocket import ABNF, WebSocket, WebSocketBadStatusException, WebSocketException
 
 from runner.channel import LostError
@@ -31,6 +32,7 @@ _STDOUT, _STDERR, _ERROR = 1, 2, 3
 _FRAME_BYTES: Final = 1 << 18
 """Of one frame to stdin; API servers refuse frames above 32 MiB and hold each in memory as a whole."""
 _STDERR_BYTES: Final = 1 << 16
+_CONNECT_SECONDS: Final = 10.0
 _STALL_SECONDS: Final = 60.0
 """A connection that takes or continues nothing for so long is lost."""
 _PING_SECONDS: Final = 15.0
@@ -165,12 +167,36 @@ def open_exec(api_client: client.ApiClient, namespace: str, pod: str, command: S
     headers: dict[str, str] = {}
     api_client.update_params_for_auth(headers, [], ["BearerToken"])
     try:
-        websocket = create_websocket(settings, re.sub("^http", "ws", url), headers)
+        websocket = _connect(settings, re.sub("^http", "ws", url), headers)
     except WebSocketBadStatusException as error:
         raise _refused(error, where) from error
     except (WebSocketException, OSError) as error:
         raise explain(OSError(str(error)), "create", "pods/exec", where) from error
     return Channel(websocket, f"`{' '.join(command)}` in {where}")
+
+
+def _connect(settings: client.Configuration, url: str, headers: dict[str, str]) -> WebSocket:
+    """As the library's create_websocket, but that waits for ever where a proxy accepts and says nothing."""
+    tls: dict[str, Any] = {"cert_reqs": ssl.CERT_NONE}
+    if settings.verify_ssl:
+        tls = {"cert_reqs": ssl.CERT_REQUIRED, "ca_certs": settings.ssl_ca_cert or certifi.where()}
+        tls |= {} if settings.assert_hostname is None else {"check_hostname": settings.assert_hostname}
+    own = {
+        "certfile": settings.cert_file,
+        "keyfile": settings.key_file,
+        "server_hostname": settings.tls_server_name,
+    }
+    tls |= {name: value for name, value in own.items() if value}
+    options: dict[str, Any] = {
+        "header": ["sec-websocket-protocol: v4.channel.k8s.io", *(f"{name}: {said}" for name, said in headers.items())],
+        "timeout": _CONNECT_SECONDS,
+        "http_proxy_timeout": _CONNECT_SECONDS,
+    }
+    if settings.proxy or settings.proxy_headers:
+        options = websocket_proxycare(options, settings, url, headers)
+    websocket = WebSocket(sslopt=tls, skip_utf8_validation=False)
+    websocket.connect(url, **options)  # type: ignore[no-untyped-call]
+    return websocket
 
 
 def _refused(error: WebSocketBadStatusException, where: str) -> ClusterError:

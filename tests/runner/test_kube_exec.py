@@ -248,3 +248,11 @@ def test_no_answer() -> None:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(UnreachableError, match="no answer from the cluster"):
         connect(address, ["cat"])
+
+
+def test_a_proxy_that_accepts_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.kube.exec._CONNECT_SECONDS", 0.2)
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(UnreachableError, match=r"no answer from the cluster.*timed out"):
+            connect(address, ["cat"])
