@@ -64,12 +64,15 @@ def _refused(error: ApiException, verb: str, resource: str, what: str) -> Cluste
             f"the cluster does not know you: {what}: {says}", "log in again; see `kubectl auth whoami`"
         )
     if error.status == 403 and " cannot " in says.partition(" is forbidden: User ")[2]:
-        reads = verb in ("get", "list") and resource != "pods/exec"
+        reads = verb in ("get", "list") and resource not in ("pods/exec", "workloads")
         role = "oslo-submitter" if reads else ROLE_OF.get(resource, "oslo-submitter")
         hint = f"an admin can allow it with the Role {role} (k8s/README.md): verb {verb}, resource {resource}"
         return ForbiddenError(f"you may not {what}: {says}", hint)
     if error.status == 404 and ("could not find the requested resource" in says or "page not found" in says):
-        return ClusterError(f"{what}: the cluster does not know {resource}", "is the training operator installed?")
+        return ClusterError(
+            f"{what}: the cluster does not know {resource}",
+            "is what provides it installed? k8s/README.md lists what is needed",
+        )
     if error.status == 404:
         return MissingError(f"{what}: {says}")
     if error.status == 409:

@@ -23,6 +23,11 @@ def test_a_right_that_is_missing_names_the_role() -> None:
     assert "oslo-helper" in error.hint
 
 
+def test_queues_have_a_role_of_their_own() -> None:
+    says = 'workloads.kueue.x-k8s.io is forbidden: User "eve" cannot list resource "workloads" in API group "x"'
+    assert "oslo-queues" in explained(403, says, "list", "workloads").hint
+
+
 @pytest.mark.parametrize(
     "says",
     [
