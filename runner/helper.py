@@ -14,7 +14,7 @@ from runner.cluster_status import waits_of_pod
 from runner.errors import ClusterError
 from runner.helper_pod import HELPER_LABEL, helper_pod
 from runner.kube.api import PODS, Cluster
-from runner.kube.errors import ForbiddenError, RefusedError
+from runner.kube.errors import ForbiddenError, MissingError, RefusedError
 from runner.kube.exec import Channel, open_exec
 from runner.spec import SHARED_VOLUME
 
@@ -24,6 +24,7 @@ DEADLINE_SECONDS: Final = 3600
 """The pod ends by itself after this, whatever becomes of who made it."""
 _POLL_SECONDS: Final = 0.25
 _SAY_AFTER_SECONDS: Final = 3.0
+_OVER: Final = ("Failed", "Succeeded")
 
 
 class Helper:
@@ -32,14 +33,35 @@ class Helper:
     def __init__(self, cluster: Cluster, pod_spec: Mapping[str, Any], say: Callable[[str], None]) -> None:
         """pod_spec: of the training pods, whose image, claim and place the helper shares."""
         self._cluster, self._say = cluster, say
-        self.name = f"oslo-helper-{secrets.token_hex(4)}"
-        self._manifest = helper_pod(self.name, **_shared_with(pod_spec), deadline_seconds=DEADLINE_SECONDS)
+        self._shared = _shared_with(pod_spec)
+        self.name = _new_name()
         self._before: Any = None
         self._refused = False
 
     def open(self, command: list[str]) -> Channel:
-        """Run a command in the pod."""
+        """Run a command in the pod; in another one when it has ended, by its deadline or an eviction."""
+        try:
+            return self._exec(command)
+        except ClusterError:
+            if not self._has_ended():
+                raise
+        self._say(f"... the helper pod {self.name} has ended: starting another")
+        self._leave_pod()
+        self.name = _new_name()
+        self._create()
+        self._wait()
+        return self._exec(command)
+
+    def _exec(self, command: list[str]) -> Channel:
         return open_exec(self._cluster.api_client, self._cluster.namespace, self.name, command)
+
+    def _has_ended(self) -> bool:
+        try:
+            return self._cluster.get(PODS, self.name)["status"].get("phase") in _OVER
+        except MissingError:
+            return True
+        except ClusterError:
+            return False
 
     def __enter__(self) -> Helper:
         with suppress(ValueError):  # not in the main thread: signals are the caller's business
@@ -60,7 +82,7 @@ class Helper:
 
     def _create(self) -> None:
         try:
-            self._cluster.create(PODS, self._manifest)
+            self._cluster.create(PODS, helper_pod(self.name, **self._shared, deadline_seconds=DEADLINE_SECONDS))
         except (ForbiddenError, RefusedError):
             self._refused = True
             raise
@@ -74,7 +96,7 @@ class Helper:
             if phase == "Running":
                 return
             waited = time.monotonic() - begin
-            if phase in ("Failed", "Succeeded") or waited > START_SECONDS:
+            if phase in _OVER or waited > START_SECONDS:
                 message = f"the helper pod {self.name} did not start: {waits or phase}"
                 raise ClusterError(message, "it needs the image and the claim of the training pods")
             if waits and waits != said and waited > _SAY_AFTER_SECONDS:
@@ -85,18 +107,26 @@ class Helper:
     def _remove_finished(self) -> None:
         """Those of others that ended by their deadline, because who made them was killed."""
         for pod in self._cluster.find(PODS, HELPER_LABEL):
-            if pod["status"].get("phase") in ("Failed", "Succeeded"):
+            if pod["status"].get("phase") in _OVER:
                 self._cluster.delete(PODS, pod["metadata"]["name"], grace_seconds=0)
 
     def _leave(self) -> None:
+        try:
+            self._leave_pod()
+        finally:
+            if self._before is not None:
+                signal.signal(signal.SIGTERM, self._before)
+
+    def _leave_pod(self) -> None:
         try:
             if not self._refused:
                 self._cluster.delete(PODS, self.name, grace_seconds=0)
         except ClusterError as error:
             self._say(f"warning: the helper pod {self.name} could not be deleted; it ends by itself: {error}")
-        finally:
-            if self._before is not None:
-                signal.signal(signal.SIGTERM, self._before)
+
+
+def _new_name() -> str:
+    return f"oslo-helper-{secrets.token_hex(4)}"
 
 
 def _shared_with(pod_spec: Mapping[str, Any]) -> dict[str, Any]:
