@@ -267,7 +267,8 @@ def _pod_end(pod: Manifest) -> dict[str, Any] | None:
         hint = "raise job.memory, or try a smaller batch or model"
         message = f"{name} was killed: it needed more memory than its limit"
         return {"cause": Cause.OUT_OF_MEMORY, "message": message, "hint": hint, "exit_code": code, "time": time}
-    cause = next((cause for cause, known in EXIT_CODE_OF_CAUSE.items() if known == code), Cause.ERROR)
+    final = (cause for cause, known in EXIT_CODE_OF_CAUSE.items() if known == code)
+    cause = Cause.KILLED if code >= 128 else next(final, Cause.ERROR)
     last = (ended.get("message") or "").strip().rpartition("\n")[2]
     message = f"{name} ended with exit code {code}" + (f": {last}" if last else "")
     return {"cause": cause, "message": message, "exit_code": code, "time": time}

@@ -151,6 +151,8 @@ def test_the_first_cause_counts_and_not_its_victims() -> None:
         (ended(1, "Traceback\nModuleNotFoundError: x"), "error", "ended with exit code 1: ModuleNotFoundError: x"),
         (ended(2), "config", "ended with exit code 2"),
         (ended(126), "error", "ended with exit code 126"),
+        (ended(137), "killed", "ended with exit code 137"),
+        (ended(143), "killed", "ended with exit code 143"),
     ],
 )
 def test_a_pod_that_ended_without_the_launchers_word(state: dict[str, Any], cause: str, reason: str) -> None:
