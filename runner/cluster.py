@@ -272,6 +272,11 @@ class KubernetesBackend:
             if self.find(run) is None:
                 raise
             return Outcome.ATTACHED  # somebody submitted the same content in between
+        except UnavailableError:
+            raise
+        except UnreachableError as error:
+            message = f"{error.message}: {self.handle(run)} may have been submitted all the same"
+            raise UnreachableError(message, "submit again: if it is there, that attaches to it") from error
         except KeyboardInterrupt as error:
             there = self.find(run) is not None
             what = "was submitted and goes on" if there else "was not submitted"
@@ -294,6 +299,8 @@ class KubernetesBackend:
         try:
             outcome = self._create(run, manifest)
         except ClusterError as error:
+            if isinstance(error, UnreachableError) and not isinstance(error, UnavailableError):
+                raise  # it is not known
             message = f"the finished object of {self.handle(run)} was deleted, and none was made in its place: {error}"
             raise ClusterError(message, stays) from error
         return Outcome.RESUMED if outcome is Outcome.STARTED else outcome

@@ -10,7 +10,7 @@ import pytest
 from runner import cluster as cluster_module
 from runner.backend import LogQuery, Outcome, Submission
 from runner.cluster import KubernetesBackend
-from runner.errors import ClusterError, NotFoundError
+from runner.errors import ClusterError, NotFoundError, UnreachableError
 from runner.kube.api import EVENTS, PODS, Resource
 from runner.kube.errors import ConflictError, ForbiddenError, MissingError
 
@@ -188,3 +188,19 @@ def test_a_run_that_waits_in_a_queue_lacks_no_pods(backend: Callable[[Objects], 
     objects = Objects(job("old", "Created", suspend=True))
     objects.events = AssertionError("nobody need ask for events")
     assert backend(objects)._look(RUN).waits is not None
+
+
+@pytest.mark.parametrize("there", [None, job("old", "Failed")])
+def test_a_submit_that_got_no_answer_may_have_come_through(
+    backend: Callable[[Objects], KubernetesBackend], monkeypatch: pytest.MonkeyPatch, there: dict[str, Any] | None
+) -> None:
+    objects = Objects(there)
+
+    def silence(*_: object) -> None:
+        raise UnreachableError("no answer from the cluster: create pytorchjobs: read timed out")
+
+    monkeypatch.setattr(objects, "create", silence)
+    with pytest.raises(UnreachableError, match="may have been submitted all the same") as caught:
+        backend(objects).submit(RUN, Submission("", job("mine")))
+    assert "submit again" in caught.value.hint
+    assert "none was made" not in caught.value.message
