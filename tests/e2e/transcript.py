@@ -160,7 +160,7 @@ def tiny_runs(page: Page, place: stage.OnCluster, folder: Path) -> None:
 
     page.heading("A user's fault")
     page.oslo(
-        "submit", stage.write_job(folder, model, bad_row=True).name, "-y", "--follow", keep="ended|error|hint|  oslo"
+        "submit", stage.write_job(folder, model, bad_row=True).name, "-y", "--follow", keep="ended|^error|^  oslo logs"
     )
 
     page.heading("A job that is gone")

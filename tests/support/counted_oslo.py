@@ -6,8 +6,8 @@ import collections
 import sys
 from typing import Any
 
-import kubernetes.stream.ws_client
 import urllib3
+import websocket
 
 from runner.cli import run
 
@@ -23,7 +23,7 @@ def counted(name: str, call: Any) -> Any:
 
 
 urllib3.PoolManager.urlopen = counted("HTTP", urllib3.PoolManager.urlopen)  # type: ignore[method-assign]
-kubernetes.stream.ws_client.create_websocket = counted("exec", kubernetes.stream.ws_client.create_websocket)
+websocket.WebSocket.connect = counted("exec", websocket.WebSocket.connect)  # type: ignore[method-assign]
 
 code = run(sys.argv[1:])
 sys.stderr.write(f"requests: {SENT['HTTP']} HTTP, {SENT['exec']} exec\n")
