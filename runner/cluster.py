@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ _TAIL_LINES: Final = 400
 _POLL_SECONDS: Final = 2.0
 _GONE_SECONDS: Final = 600.0
 """How long a deleted job may take: the grace period of its pods, and more."""
+_NAME: Final = re.compile("[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?")
 _SERVER_FIELDS: Final = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
 _PARALLEL_LOGS: Final = 8
 
@@ -367,4 +369,4 @@ def _as_submitted(job: Manifest) -> dict[str, Any]:
 
 
 def _is_name(text: str) -> bool:
-    return text.replace("-", "").isalnum() and len(text) <= 63
+    return len(text) <= 63 and _NAME.fullmatch(text) is not None

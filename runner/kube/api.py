@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 import urllib3
 from kubernetes import client, config
@@ -170,7 +171,7 @@ class Cluster:
 
     def _path(self, resource: Resource, name: str) -> str:
         base = f"{resource.prefix}/namespaces/{self.namespace}/{resource.plural}"
-        return f"{base}/{name}" if name else base
+        return f"{base}/{quote(name, safe='')}" if name else base
 
     def _object(
         self,

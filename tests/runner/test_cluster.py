@@ -204,3 +204,9 @@ def test_a_submit_that_got_no_answer_may_have_come_through(
         backend(objects).submit(RUN, Submission("", job("mine")))
     assert "submit again" in caught.value.hint
     assert "none was made" not in caught.value.message
+
+
+@pytest.mark.parametrize("wanted", ["-sft", "sft-", "größe", "x" * 64, "a/b", ""])
+def test_what_can_be_no_name_is_not_asked_for(backend: Callable[[Objects], KubernetesBackend], wanted: str) -> None:
+    """The API server would answer that the selector is not valid."""
+    assert backend(Objects(None)).named(wanted) is None

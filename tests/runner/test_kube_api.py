@@ -67,3 +67,9 @@ def test_a_kubeconfig_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ClusterError, match="the kubeconfig cannot be") as caught:
         Cluster.connect(Access(kubeconfig=str(file)))
     assert str(file) in caught.value.hint
+
+
+def test_a_name_stays_one_part_of_the_path() -> None:
+    with client.ApiClient(client.Configuration(host="http://127.0.0.1:1")) as api_client:
+        path = Cluster(api_client, "oslo")._path(JOBS, "a/b?c-0123abcd")
+    assert path.endswith("/namespaces/oslo/pytorchjobs/a%2Fb%3Fc-0123abcd")
