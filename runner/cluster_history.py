@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from opensloth.contract import Cause
 from opensloth.run_config import RunConfig
 from runner import output, transfer
 from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
+from runner.channel import LostError
 from runner.cluster_status import handle_of
 from runner.errors import BusyError, ClusterError, NotFoundError, UsageError
 from runner.helper import Helper
@@ -26,6 +28,8 @@ from runner.pod import pod_template
 from runner.spec import OWN_PREFIX, SHARED_MOUNT, check_job
 
 _RUNS: Final = f"{SHARED_MOUNT}/{contract.RUNS_DIR}"
+_SILENCE_SECONDS: Final = 120.0
+"""A command may look through the folder of a long run before it says something."""
 _NO_IMAGE: Final = "write job: {image: ..., volume: ...} into ~/.config/oslo/defaults.yaml (or $OSLO_DEFAULTS)"
 
 
@@ -59,7 +63,9 @@ class ClusterHistory:
         return handle_of(self._cluster.namespace, run)
 
     def runs(self) -> list[str]:
-        found: list[str] = json.loads(self._ask(["python", "-m", "opensloth.volume", "runs"]))["runs"]
+        said = self._ask(["python", "-m", "opensloth.volume", "runs"])
+        with _of_this_version(said):
+            found: list[str] = json.loads(said)["runs"]
         return found
 
     def named(self, wanted: str) -> str | None:
@@ -70,10 +76,11 @@ class ClusterHistory:
         return next((run for run in reversed(runs) if name_of(run) == wanted), None)
 
     def get(self, run: str) -> RunStatus:
-        said = json.loads(self._ask(["oslo", "status", LOCAL_SCHEME + run, "-o", "json"]))
+        said = self._ask(["oslo", "status", LOCAL_SCHEME + run, "-o", "json"])
         known = {field.name for field in fields(RunStatus)}
-        status = RunStatus(**{key: value for key, value in said.items() if key in known})
-        status = replace(status, handle=self.handle(run), state=State(status.state))
+        with _of_this_version(said):
+            status = RunStatus(**{key: value for key, value in json.loads(said).items() if key in known})
+            status = replace(status, handle=self.handle(run), state=State(status.state))
         if status.state.is_over and status.cause != Cause.TERMINATED:
             return status
         # Its pods were asked to leave, or left without a word, and then nobody wanted it any more.
@@ -89,8 +96,10 @@ class ClusterHistory:
     def logs(self, run: str, query: LogQuery) -> Iterator[LogLine]:
         command = ["oslo", "logs", LOCAL_SCHEME + run, "-o", "json", *_flags(query)]
         for line in self._ask(command).splitlines():
-            said = json.loads(line)
-            yield LogLine(said["rank"], said["text"], said["event"])
+            with _of_this_version(line):
+                said = json.loads(line)
+                found = LogLine(said["rank"], said["text"], said["event"])
+            yield found
 
     def follow(self, run: str, query: LogQuery) -> Iterator[LogLine | Waiting]:
         """All there is: nothing more comes."""
@@ -122,10 +131,13 @@ class ClusterHistory:
 
     def _ask(self, command: list[str]) -> str:
         """What a command in the pod prints. Raises NotFoundError with its exit code, else ClusterError."""
-        channel = self._helper.open(command)
         parts = []
-        while part := channel.receive():
-            parts.append(part)
+        with closing(self._helper.open(command)) as channel:
+            while part := channel.receive(_SILENCE_SECONDS):
+                parts.append(part)
+            if part is None:
+                what = f"`{' '.join(command)}` in {self._helper.name}"
+                raise LostError(f"{what} has said nothing for {_SILENCE_SECONDS:.0f} s", "does the volume answer?")
         code = channel.exit_code
         if code == NotFoundError.exit_code:
             raise NotFoundError(channel.stderr.strip().removeprefix("error: "))
@@ -134,6 +146,15 @@ class ClusterHistory:
                 f"`{' '.join(command)}` in {self._helper.name} ended with {code}: {channel.stderr.strip()}"
             )
         return b"".join(parts).decode(errors="replace")
+
+
+@contextmanager
+def _of_this_version(said: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"the helper pod says what this version does not expect: {said[:200]!r}"
+        raise ClusterError(message, "job.image must be one of this version (docker/train.Dockerfile)") from error
 
 
 def _flags(query: LogQuery) -> list[str]:
