@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -13,6 +15,7 @@ import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.config.kube_config import KubeConfigMerger
 
 from runner.errors import ClusterError
 from runner.kube.access import TOKEN_DIR, Access, in_cluster
@@ -20,6 +23,8 @@ from runner.kube.errors import MissingError, explain
 
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 60
+"""Of what changes something: a webhook may take half of it."""
+GET_SECONDS: Final = 30
 SILENCE_SECONDS: Final = 60
 """A followed log that says nothing for so long is asked for again: a lost connection shows no other sign."""
 _RETRIES: Final = 3
@@ -43,6 +48,13 @@ JOBS: Final = Resource("kubeflow.org/v1", "pytorchjobs")
 PODS: Final = Resource("v1", "pods")
 EVENTS: Final = Resource("v1", "events")
 CLAIMS: Final = Resource("v1", "persistentvolumeclaims")
+
+
+class _Retry(urllib3.Retry):  # type: ignore[misc]
+    """Asks again, too, where a server that is busy has turned a request away unread: then also what creates."""
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        return status_code == HTTPStatus.TOO_MANY_REQUESTS or super().is_retry(method, status_code, has_retry_after)
 
 
 class Cluster:
@@ -80,8 +92,8 @@ class Cluster:
             says = " ".join(str(error).split())
             message = f"the kubeconfig cannot be read: {type(error).__name__}: {says}"
             raise ClusterError(message, f"see {access.files}") from error
-        settings.retries = urllib3.Retry(
-            _RETRIES, connect=1, backoff_factor=0.2, status_forcelist=(429, 503), raise_on_status=False
+        settings.retries = _Retry(
+            _RETRIES, connect=1, read=1, backoff_factor=0.2, status_forcelist=(429, 503), raise_on_status=False
         )
         settings.connection_pool_maxsize = 16
         return cls(client.ApiClient(settings), access.namespace or namespace or "default")
@@ -211,9 +223,10 @@ class Cluster:
         resource: str,
         verb: str | None = None,
         *,
-        read_seconds: int = READ_SECONDS,
+        read_seconds: int | None = None,
     ) -> urllib3.HTTPResponse:
         self.requests += 1
+        read_seconds = read_seconds or (GET_SECONDS if method == "GET" else READ_SECONDS)
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         try:
             answer = self.api_client.call_api(
@@ -238,5 +251,26 @@ def _load_file(file: str, context: str | None, settings: client.Configuration) -
     config.load_kube_config(file, context, settings, persist_config=False)
     contexts, current = config.list_kube_config_contexts(file)
     chosen = next((one for one in contexts if one["name"] == context), current)
+    token = _token_file(file, chosen["context"].get("user"))
+    if token is not None:
+        settings.refresh_api_key_hook = lambda settings: _read_token(settings, token)
+        settings.get_api_key_with_prefix("authorization")
     namespace: str | None = chosen["context"].get("namespace")
     return namespace
+
+
+def _token_file(file: str, user: str | None) -> Path | None:
+    """Where the kubeconfig's user keeps a token that is renewed meanwhile."""
+    merged = KubeConfigMerger(file).config
+    if merged is None or not user or not merged.safe_get("users"):
+        return None
+    found = merged["users"].get_with_name(user, safe=True)
+    path = found["user"].safe_get("tokenFile") if found is not None and found.safe_get("user") else None
+    return None if path is None else Path(found["user"].path).absolute().parent / path
+
+
+def _read_token(settings: client.Configuration, path: Path) -> None:
+    """The library reads a pod's own token again every minute, but that of a tokenFile only once."""
+    with suppress(OSError):  # it is being replaced: the last one may do
+        if token := path.read_text().strip():
+            settings.api_key["authorization"] = f"Bearer {token}"

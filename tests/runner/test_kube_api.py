@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kubernetes import client
 from runner.errors import ClusterError
 from runner.kube.access import Access
 from runner.kube.api import JOBS, Cluster
-from runner.kube.errors import UnreachableError
+from runner.kube.errors import UnavailableError, UnreachableError
 
 
 @contextmanager
@@ -73,3 +74,78 @@ def test_a_name_stays_one_part_of_the_path() -> None:
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:1")) as api_client:
         path = Cluster(api_client, "oslo")._path(JOBS, "a/b?c-0123abcd")
     assert path.endswith("/namespaces/oslo/pytorchjobs/a%2Fb%3Fc-0123abcd")
+
+
+@contextmanager
+def api_server(tmp_path: Path, *answers: int | None) -> Iterator[tuple[Cluster, list[str]]]:
+    """By way of a kubeconfig. answers: status codes; None: says nothing. Yields what the requests said, too."""
+    heard: list[str] = []
+    left, done = iter(answers), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            heard.append(f"{self.command} {self.headers['Authorization']}")
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            status = next(left, 200)
+            if status is None:
+                done.wait(5)
+                self.close_connection = True
+                return
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_GET = do_POST = do_PATCH = answer
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    (tmp_path / "token").write_text("first\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        kubeconfig = {
+            "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+            "users": [{"name": "u", "user": {"tokenFile": "token"}}],
+        }
+        (tmp_path / "config").write_text(json.dumps(kubeconfig))
+        cluster = Cluster.connect(Access(kubeconfig=str(tmp_path / "config")))
+        with cluster.api_client:
+            yield cluster, heard
+        done.set()
+        server.shutdown()
+
+
+@pytest.mark.enable_socket
+def test_a_token_that_is_renewed_meanwhile_is_read_again(tmp_path: Path) -> None:
+    """Such tokens last an hour, and `logs -f` for days."""
+    with api_server(tmp_path) as (cluster, heard):
+        cluster.get(JOBS, "x")
+        (tmp_path / "token").write_text("second\n")
+        cluster.get(JOBS, "x")
+        (tmp_path / "token").unlink()
+        cluster.get(JOBS, "x")
+    assert heard == ["GET Bearer first", "GET Bearer second", "GET Bearer second"]
+
+
+@pytest.mark.filterwarnings("ignore:HTTPResponse.getheaders")  # by the client library
+@pytest.mark.enable_socket
+def test_what_a_busy_server_has_turned_away_is_asked_again_and_no_more(tmp_path: Path) -> None:
+    with api_server(tmp_path, 429, 200, 429, 200, 503) as (cluster, heard):
+        cluster.create(JOBS, {})
+        cluster.patch(JOBS, "x", {})
+        with pytest.raises(UnavailableError):
+            cluster.create(JOBS, {})  # it may have been read
+    assert len(heard) == 5
+
+
+@pytest.mark.enable_socket
+def test_a_silent_server_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.kube.api.GET_SECONDS", 0.2)
+    with api_server(tmp_path, None, None, None, None) as (cluster, heard):
+        with pytest.raises(UnreachableError):
+            cluster.get(JOBS, "x")
+        assert len(heard) == 2
