@@ -112,13 +112,17 @@ def _await_pods(backend: KubernetesBackend, run: str) -> None:
             return
         why = failures[-1] if failures else "the training operator has not made them; does it run?"
         if failures and why != said:
-            output.say(f"... {missing} pods cannot be created: {why}")
+            output.say(f"... {_pods(missing)} cannot be created: {why}")
             said = why
         if time.monotonic() > end:
-            late = f"{missing} pods are missing after {_PODS_SECONDS:.0f} s: {why}"
+            late = f"{_pods(missing)} missing after {_PODS_SECONDS:.0f} s: {why}"
             output.say(f"warning: {late}\n  the job stays, and begins once they can be made")
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _pods(count: int) -> str:
+    return "1 pod" if count == 1 else f"{count} pods"
 
 
 @contextmanager
