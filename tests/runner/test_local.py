@@ -170,7 +170,7 @@ def test_a_closed_terminal_does_not_end_a_job(root: Path) -> None:
         assert shell.stdout.readline() == b"submitted\n"
         os.close(leader)  # the kernel sends SIGHUP to the session
         shell.wait(10)
-    assert shell.returncode == -signal.SIGHUP
+    assert shell.returncode in (-signal.SIGHUP, 1)  # 1: its read of the terminal failed a moment before
     assert over(LocalBackend(root)).state is State.SUCCEEDED
 
 
