@@ -59,13 +59,12 @@ def test_the_server_is_asked_without_a_submit(cluster: OnCluster, model: Path, t
 def test_ctrl_c_while_data_is_copied(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
     file = write_job(tmp_path, model)
     big = tmp_path / f"train-{file.stem.removeprefix('e2e-')}.jsonl"
-    big.write_text(big.read_text() * 20_000)  # 300 MB: some seconds
+    big.write_text(big.read_text() * 60_000)  # 900 MB: the copy takes several seconds
     submitting = cluster.start("submit", file, "-y")
     end = time.monotonic() + 60
     while "Running" not in cluster.kubectl("get", "pods", "-l", "app.kubernetes.io/name=oslo-helper"):
         assert time.monotonic() < end, "no helper pod came"
         time.sleep(0.1)
-    time.sleep(1)
     submitting.send_signal(signal.SIGINT)
     out, err = submitting.communicate(timeout=60)
     assert (submitting.returncode, out) == (130, "")
