@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from opensloth.run_config import RunConfig
+from runner.errors import BusyError
 
 LOCAL_SCHEME: Final = "local://"
 CLUSTER_SCHEME: Final = "kubernetes://"
@@ -108,6 +109,11 @@ class Waiting:
     """What a run that is followed waits for; said again only when it has changed."""
 
     reason: str
+
+
+def no_result(status: RunStatus) -> BusyError:
+    """What `pull` says of a run that has not succeeded."""
+    return BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
 
 
 class Outcome(StrEnum):

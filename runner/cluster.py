@@ -13,9 +13,18 @@ from typing import Any, Final
 from opensloth.pod_log import PodLine
 from opensloth.run_config import RunConfig, load
 from runner import cluster_logs, cluster_status, kueue
-from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
+from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
 from runner.cluster_history import ClusterHistory
-from runner.cluster_status import CANCELLED_ANNOTATION, JobFacts, Manifest, has_started, is_cancelled, is_over, node_of
+from runner.cluster_status import (
+    CANCELLED_ANNOTATION,
+    JobFacts,
+    Manifest,
+    has_started,
+    is_cancelled,
+    is_over,
+    node_of,
+    template_of,
+)
 from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError, UnreachableError
 from runner.helper import Helper
 from runner.identity import name_of
@@ -86,7 +95,7 @@ class KubernetesBackend:
         return self._status(job, self._pods_of(run))
 
     def config(self, run: str) -> RunConfig:
-        return load(self._template(run)["metadata"]["annotations"][CONFIG_ANNOTATION])
+        return load(template_of(self._job(run))["metadata"]["annotations"][CONFIG_ANNOTATION])
 
     def list_runs(self) -> list[RunStatus]:
         jobs, pods = self.cluster.find(JOBS, MANAGED), self.cluster.find(PODS, MANAGED)
@@ -103,12 +112,12 @@ class KubernetesBackend:
         lacks_pods = len(pods) < cluster_status.wanted_pods(job) and (is_over(job) or is_cancelled(job))
         if query.attempt is None and not lacks_pods:
             return cluster_logs.read(self.cluster, pods, query)
-        return self._logs_from_volume(run, pods, query)
+        return self._logs_from_volume(job, pods, query)
 
-    def _logs_from_volume(self, run: str, pods: Sequence[Manifest], query: LogQuery) -> Iterator[LogLine]:
+    def _logs_from_volume(self, job: Manifest, pods: Sequence[Manifest], query: LogQuery) -> Iterator[LogLine]:
         try:
-            with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
-                yield from history.logs(run, query)
+            with self._history(job) as history:
+                yield from history.logs(job["metadata"]["name"], query)
         except ClusterError as error:
             if not pods:
                 raise
@@ -150,24 +159,23 @@ class KubernetesBackend:
         return True
 
     def delete(self, run: str, *, files: bool) -> None:
-        status = self.get(run)
+        job = self._job(run)
+        status = self._status(job, self._pods_of(run))
         if not status.state.is_over:
             raise BusyError(f"{status.handle} is {status.state}", f"oslo cancel {status.handle}")
-        job = self._job(run)
         self.cluster.delete(JOBS, run, uid=job["metadata"]["uid"])
         self._until_gone(run, job)
         if files:
-            spec = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-            helper = Helper(self.cluster, spec, self._say)
-            with suppress(NotFoundError), ClusterHistory(self.cluster, helper) as history:
+            with suppress(NotFoundError), self._history(job) as history:
                 history.delete(run, files=True)  # there are none of a run that never began
 
     def pull(self, run: str, destination: Path) -> list[Path]:
-        status = self.get(run)
+        job = self._job(run)
+        status = self._status(job, self._pods_of(run))
         if status.state is not State.SUCCEEDED:
-            raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
-        with ClusterHistory(self.cluster, Helper(self.cluster, self._template(run)["spec"], self._say)) as history:
-            return history.pull(run, destination)
+            raise no_result(status)
+        with self._history(job) as history:
+            return history.fetch(run, destination)
 
     # --- for those who submit -----------------------------------------------------------------------
 
@@ -208,9 +216,9 @@ class KubernetesBackend:
             raise NotFoundError(f"{self.handle(run)} is not there (any more)", "oslo list shows what is")
         return job
 
-    def _template(self, run: str) -> Manifest:
-        template: Manifest = self._job(run)["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
-        return template
+    def _history(self, job: Manifest) -> ClusterHistory:
+        """The volume's side of a run, through a helper pod like the run's own."""
+        return ClusterHistory(self.cluster, Helper(self.cluster, template_of(job)["spec"], self._say))
 
     def _pods_of(self, run: str) -> list[Manifest]:
         pods = self.cluster.find(PODS, f"{JOB_NAME_LABEL}={run}")

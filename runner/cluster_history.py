@@ -17,9 +17,9 @@ from opensloth import contract, run_config
 from opensloth.contract import Cause
 from opensloth.run_config import RunConfig
 from runner import output, transfer
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
+from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
 from runner.channel import LostError
-from runner.cluster_status import handle_of
+from runner.cluster_status import handle_of, template_of
 from runner.errors import BusyError, ClusterError, NotFoundError, UsageError
 from runner.helper import Helper
 from runner.identity import name_of
@@ -108,7 +108,11 @@ class ClusterHistory:
     def pull(self, run: str, destination: Path) -> list[Path]:
         status = self.get(run)
         if status.state is not State.SUCCEEDED:
-            raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
+            raise no_result(status)
+        return self.fetch(run, destination)
+
+    def fetch(self, run: str, destination: Path) -> list[Path]:
+        """`pull` of a run that is known to have succeeded."""
         return transfer.pull(
             self._helper, f"{contract.RUNS_DIR}/{run}/{contract.FINAL_DIR}", destination, output.event_sayer()
         )
@@ -176,5 +180,5 @@ def _pod_spec(cluster: Cluster, defaults: Mapping[str, Any]) -> Mapping[str, Any
     if not jobs:
         raise UsageError("nothing says which claim and image to read the volume with", _NO_IMAGE)
     latest = max(jobs, key=lambda found: str(found["metadata"]["creationTimestamp"]))
-    spec = latest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    spec = template_of(latest)["spec"]
     return spec

@@ -114,6 +114,12 @@ def is_over(job: Manifest) -> bool:
     return is_true(job, "Succeeded") or is_true(job, "Failed")
 
 
+def template_of(job: Manifest) -> Manifest:
+    """Of its pods; workers have the same."""
+    template: Manifest = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+    return template
+
+
 def wanted_pods(job: Manifest) -> int:
     return sum(int(replica["replicas"]) for replica in job["spec"]["pytorchReplicaSpecs"].values())
 

@@ -20,7 +20,7 @@ from opensloth.contract import Cause
 from opensloth.files import create_json, read_json
 from opensloth.run_config import RunConfig
 from runner import log_files
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting
+from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
 from runner.errors import BusyError, LaunchError, NotFoundError
 from runner.identity import name_of
 from runner.process import descendants, is_alive
@@ -144,7 +144,7 @@ class LocalBackend:
     def pull(self, run: str, destination: Path) -> list[Path]:
         status = self._folder(run).status()
         if status.final is None:
-            raise BusyError(f"{status.handle} has no result: it is {status.state}", f"oslo logs {status.handle}")
+            raise no_result(status)
         return place_result(Path(status.final), destination)
 
     def _waits_for(self, run: str) -> str:

@@ -15,6 +15,7 @@ from runner import output, transfer
 from runner.backend import Outcome, Submission
 from runner.cluster import KubernetesBackend
 from runner.cluster_history import ClusterHistory
+from runner.cluster_status import template_of
 from runner.commands import watching
 from runner.commands.common import confirm, settings
 from runner.config_file import LoadedFile, Target, load_file
@@ -95,8 +96,7 @@ def _submit(backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: 
 
 def _upload(cluster: Cluster, sources: Mapping[str, Path], manifest: dict[str, Any], yes: bool) -> None:
     """Bring local files and folders to the volume, those that are not there yet."""
-    spec = manifest["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    with Helper(cluster, spec, output.say) as helper:
+    with Helper(cluster, template_of(manifest)["spec"], output.say) as helper:
         missing = transfer.missing_bytes(helper, sources)
         if missing > ASK_ABOVE_BYTES:
             confirm(f"Copy {human_bytes(missing)} to the volume?", yes)
