@@ -65,7 +65,7 @@ class Checkpoints:
             aside.mkdir(parents=True)
         barrier(self._world)
         if tensors is not None:
-            torch.save(_random_state(self._world.device), aside / RANDOM_STATE.format(rank=self._world.rank))
+            torch.save(random_state(self._world.device), aside / RANDOM_STATE.format(rank=self._world.rank))
         barrier(self._world)
         if self._world.is_main:
             write_model(aside)
@@ -143,18 +143,19 @@ def read_tensors(folder: Path, world: World) -> dict[str, Any]:
     """
     tensors: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     if read_state(folder).world == world.size:
-        _set_random_state(torch.load(folder / RANDOM_STATE.format(rank=world.rank), weights_only=True), world.device)
+        set_random_state(torch.load(folder / RANDOM_STATE.format(rank=world.rank), weights_only=True), world.device)
     return tensors
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where this rank's generators stand, for `set_random_state`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

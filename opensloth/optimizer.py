@@ -1,4 +1,4 @@
-"""The optimizer and the schedule that a config names, built by transformers."""
+"""The optimizer and the schedule that a config names, built by transformers, and put back from a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,3 +48,18 @@ def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingArguments
     except (TypeError, ValueError) as error:
         message = f"do not fit {training.lr_scheduler_type}: {error}"
         raise ConfigError([Problem("training.lr_scheduler_kwargs", message)]) from error
+
+
+def restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any]) -> None:
+    """Put back the moments and the place in the schedule; rates, decay and betas are the config's.
+
+    A checkpoint holds those too: they would silently undo a learning rate that was made smaller since.
+    saved: {"optimizer", "scheduler"}, the state dicts of both.
+    """
+    given = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    rates = list(scheduler.base_lrs)
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"] | {"base_lrs": rates})
+    parts = zip(optimizer.param_groups, given, rates, scheduler.lr_lambdas, strict=True)
+    for group, options, rate, factor in parts:
+        group.update(options, lr=rate * factor(scheduler.last_epoch))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from opensloth.errors import DataError, NonFiniteError, StopRequested
 from opensloth.events import Events
 from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
-from opensloth.optimizer import make_optimizer, make_scheduler
+from opensloth.optimizer import make_optimizer, make_scheduler, restore
 from opensloth.orders import CAUSES, Orders
 from opensloth.reporting import Reporting, transformers_arguments
 from opensloth.run_config import RunConfig
@@ -106,7 +106,11 @@ class SftTrainer:
         )
         self._found_whole: Path | None = None
         """What newest_checkpoint has verified: hashing gigabytes once is enough."""
+        self._last_good: Path | None = None
+        """The checkpoint that this training wrote last, or else went on from, and its step."""
+        self._saved_step = 0
         self._targets_seen = 0
+        self._rate = 0.0
         self._loss: float | None = None
         self._eval_loss: float | None = None
 
@@ -117,7 +121,8 @@ class SftTrainer:
 
         resume_from_checkpoint: a folder; True: the newest of this run, if there is one; False: from the start;
             None: as the config's resume_from_checkpoint says.
-        Raises NonFiniteError, and StopRequested after a checkpoint when somebody asked to stop.
+        Raises NonFiniteError after a checkpoint of the step before, and StopRequested after a checkpoint when
+        somebody asked to stop.
         """
         started = time.monotonic()
         torch.manual_seed(self._training.seed + self._world.rank)
@@ -131,7 +136,7 @@ class SftTrainer:
         try:
             with self._place.orders:
                 for step in range(first, self.plan.total_steps):
-                    self._leave_if_asked(step, first)
+                    self._leave_if_asked(step)
                     meter.add(self._step(step))
                     self._after_step(step + 1, meter)
         finally:
@@ -144,6 +149,7 @@ class SftTrainer:
     def evaluate(self) -> dict[str, float]:
         """Mean loss over all targets of the evaluation split: {"eval_loss": nats, "eval_targets": count}.
 
+        A loss that is not finite draws a warning and stops nothing: the steps say whether training can go on.
         Raises DataError when there is no such split.
         """
         if self._eval_rows is None:
@@ -170,6 +176,9 @@ class SftTrainer:
             target_tokens=int(all_targets),
             seconds=round(time.monotonic() - started, 3),
         )
+        if not math.isfinite(self._eval_loss):
+            said = f"evaluation after step {self.state.global_step}: the loss is {self._eval_loss:g}"
+            self._events.warn(f"{said}; that stops nothing, but look at the evaluation's rows and the learning rate")
         return metrics
 
     def newest_checkpoint(self) -> Path | None:
@@ -192,13 +201,17 @@ class SftTrainer:
     # --- one step ----------------------------------------------------------------------------------
 
     def _step(self, step: int) -> StepTotals:
+        random_state = checkpoint.random_state(self._world.device)
         micro_batches = self._order.micro_batches(step, self._world.rank)
         if self._config.opensloth.log_level == "debug":
             self._say_rows(step, micro_batches)
         batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
         sums = accumulate_gradients(self._objective, batches, self._parameters, self._world)
         totals = StepTotals(*sums, grad_norm=clip_gradients(self._parameters, self._training.max_grad_norm))
-        self._check_finite(step, totals)
+        if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
+            checkpoint.set_random_state(random_state, self._world.device)
+            self._give_up(step, totals)
+        self._rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -212,16 +225,22 @@ class SftTrainer:
         sys.stdout.write(f"step {step + 1} rows {rows}\n")
         sys.stdout.flush()
 
-    def _check_finite(self, step: int, totals: StepTotals) -> None:
-        """Every rank holds the same sums, so all of them stop together, before the weights change."""
-        if math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm):
-            return
-        rows = ", ".join(map(str, self._order.step_rows(step)[:8]))
-        last = self._checkpoints.newest(lambda _: None)
+    def _give_up(self, step: int, totals: StepTotals) -> NoReturn:
+        """Save the weights of the step before and raise; every rank holds the same sums, so all of them come here."""
+        rows = self._order.step_rows(step)
+        named = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        sound = all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters)
+        if sound and step != self._saved_step:
+            self._save(step)
+        standing = f"the weights after step {step} were not finite already"
+        if sound:
+            standing = f"the weights after step {step} are saved" if step else "no step came before it"
+        options = "a smaller training.learning_rate" + (" or training.bf16=false" if self._training.bf16 else "")
+        if self._last_good and not self._training.save_only_model:
+            options += " and training.resume_from_checkpoint, with this checkpoint or an earlier one"
         raise NonFiniteError(
-            f"step {step + 1}: loss {totals.loss:g}, gradient norm {totals.grad_norm:g} (rows {rows} of the plan)",
-            f"weights are unchanged by this step; last good checkpoint: {last or 'none'}; "
-            "try a smaller training.learning_rate, or training.bf16=false",
+            f"step {step + 1}: loss {totals.loss:g}, gradient norm {totals.grad_norm:g} (rows {named} of the plan)",
+            f"{standing}; last good checkpoint: {self._last_good or 'none'}; try {options}",
         )
 
     def _after_step(self, done: int, meter: Meter) -> None:
@@ -238,12 +257,11 @@ class SftTrainer:
     def _log(self, meter: Meter, done: int) -> None:
         reading = meter.read(done)
         self._loss = reading.loss
-        rate = float(self._scheduler.get_last_lr()[0])
         self._reporting.log(
             {
                 "loss": reading.loss,
                 "grad_norm": reading.grad_norm,
-                "learning_rate": rate,
+                "learning_rate": self._rate,
                 "target_tokens_per_second": reading.target_tokens_per_second,
                 "tokens_per_second": reading.tokens_per_second,
             }
@@ -253,20 +271,20 @@ class SftTrainer:
             step=done,
             total_steps=self.plan.total_steps,
             epoch=round(self.state.epoch or 0.0, 4),
-            learning_rate=rate,
+            learning_rate=self._rate,
             **vars(reading),
         )
 
     # --- stopping, saving, resuming ---------------------------------------------------------------
 
-    def _leave_if_asked(self, step: int, first: int) -> None:
+    def _leave_if_asked(self, step: int) -> None:
         """All ranks learn of a request that any of them has seen, and leave after the same step."""
         asked = self._place.orders.cause()
         votes = sum_over_ranks([float(asked == cause) for cause in CAUSES], self._world)
         cause = next((cause for cause, vote in zip(CAUSES, votes, strict=True) if vote), None)
         if cause is None:
             return
-        if step > first and cause != Cause.SUPERSEDED:
+        if step != self._saved_step and cause != Cause.SUPERSEDED:
             self._save(step)
         raise StopRequested(cause, f"{cause} after step {step} of {self.plan.total_steps}")
 
@@ -283,6 +301,7 @@ class SftTrainer:
         if not self._training.save_only_model:
             tensors = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
         folder = self._checkpoints.save(state, self._write_model, tensors)
+        self._last_good, self._saved_step = folder, step
         seconds = round(time.monotonic() - started, 3)
         self._events.emit("checkpoint", step=step, path=str(folder), seconds=seconds)
 
@@ -292,6 +311,7 @@ class SftTrainer:
 
     def _resume(self, wanted: str | Path | bool | None) -> int:
         """Put everything back as it was after the checkpoint's step; returns that step."""
+        self._last_good, self._saved_step = None, 0
         if not wanted:
             return 0
         folder = self.newest_checkpoint() if wanted is True else Path(wanted)
@@ -310,11 +330,11 @@ class SftTrainer:
             raise DataError(f"cannot resume from {folder}: it has all {self.plan.total_steps} steps of the plan")
         load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder, self._world)
-        self._optimizer.load_state_dict(tensors["optimizer"])
-        self._scheduler.load_state_dict(tensors["scheduler"])
+        restore(self._optimizer, self._scheduler, tensors)
         restored = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         self.state.log_history, self.state.epoch = restored.log_history, restored.epoch
         self.state.global_step, self._targets_seen = state.step, state.targets_seen
         self.state.num_input_tokens_seen = restored.num_input_tokens_seen
+        self._last_good, self._saved_step = folder, state.step
         self._events.emit("resumed", step=state.step, checkpoint=str(folder))
         return state.step
