@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -34,27 +35,38 @@ class Meter:
     def __init__(self, device: torch.device, total_steps: int) -> None:
         self._device, self._total_steps = device, total_steps
         self._since = time.monotonic()
+        self._earlier: list[StepTotals] = []
         self._steps: list[StepTotals] = []
         self._seconds_per_step: float | None = None
 
     def add(self, totals: StepTotals) -> None:
         self._steps.append(totals)
 
+    @property
+    def pending(self) -> list[tuple[float, int, int, float]]:
+        """What the next reading will be of, for a checkpoint: fields of StepTotals."""
+        return [astuple(totals) for totals in (*self._earlier, *self._steps)]
+
+    def take_up(self, pending: Sequence[tuple[float, int, int, float]]) -> None:
+        """Steps that another process has made since its last reading: they count for the loss, not for the speed."""
+        self._earlier = [StepTotals(*fields) for fields in pending]
+
     def read(self, done: int) -> Reading:
         """The stretch since the last reading, at least one step. done: steps of the run so far."""
         now = time.monotonic()
         seconds, self._since = max(1e-9, now - self._since), now
-        steps, self._steps = self._steps, []
-        targets, tokens = sum(s.targets for s in steps), sum(s.tokens for s in steps)
+        own, steps = self._steps, self._earlier + self._steps
+        self._earlier, self._steps = [], []
+        targets = sum(s.targets for s in steps)
         return Reading(
             loss=sum(s.loss_sum for s in steps) / max(1, targets),
             grad_norm=steps[-1].grad_norm,
             target_tokens=targets,
-            tokens=tokens,
-            target_tokens_per_second=round(targets / seconds, 1),
-            tokens_per_second=round(tokens / seconds, 1),
+            tokens=sum(s.tokens for s in steps),
+            target_tokens_per_second=round(sum(s.targets for s in own) / seconds, 1),
+            tokens_per_second=round(sum(s.tokens for s in own) / seconds, 1),
             memory=peak_memory_bytes(self._device),
-            eta=round(self._pace(seconds / len(steps)) * (self._total_steps - done), 1),
+            eta=round(self._pace(seconds / len(own)) * (self._total_steps - done), 1),
         )
 
     def _pace(self, seconds_per_step: float) -> float:

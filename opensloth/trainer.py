@@ -109,6 +109,7 @@ class SftTrainer:
         self._last_good: Path | None = None
         """The checkpoint that this training wrote last, or else went on from, and its step."""
         self._saved_step = 0
+        self._meter = Meter(world.device, self.plan.total_steps)
         self._targets_seen = 0
         self._rate = 0.0
         self._loss: float | None = None
@@ -127,18 +128,18 @@ class SftTrainer:
         started = time.monotonic()
         torch.manual_seed(self._training.seed + self._world.rank)
         wanted = self._training.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        self._meter = Meter(self._world.device, self.plan.total_steps)
         first = self._resume(wanted)
         self._reporting.begin()
         self.model.train()
-        meter = Meter(self._world.device, self.plan.total_steps)
         if self._training.eval_on_start and first == 0:
             self.evaluate()
         try:
             with self._place.orders:
                 for step in range(first, self.plan.total_steps):
                     self._leave_if_asked(step)
-                    meter.add(self._step(step))
-                    self._after_step(step + 1, meter)
+                    self._meter.add(self._step(step))
+                    self._after_step(step + 1)
         finally:
             self._reporting.end()
         return TrainResult(
@@ -243,19 +244,19 @@ class SftTrainer:
             f"{standing}; last good checkpoint: {self._last_good or 'none'}; try {options}",
         )
 
-    def _after_step(self, done: int, meter: Meter) -> None:
+    def _after_step(self, done: int) -> None:
         self.state.global_step = done
         self.state.epoch = done / self.plan.steps_per_epoch
         last = done == self.plan.total_steps
         if done == 1 or last or done % self._training.logging_steps == 0:
-            self._log(meter, done)
+            self._log(done)
         if self.plan.eval_interval and (last or done % self.plan.eval_interval == 0):
             self.evaluate()
         if self.plan.checkpoint_interval and not last and done % self.plan.checkpoint_interval == 0:
             self._save(done)
 
-    def _log(self, meter: Meter, done: int) -> None:
-        reading = meter.read(done)
+    def _log(self, done: int) -> None:
+        reading = self._meter.read(done)
         self._loss = reading.loss
         self._reporting.log(
             {
@@ -300,6 +301,7 @@ class SftTrainer:
         tensors = None
         if not self._training.save_only_model:
             tensors = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+            tensors["unlogged"] = self._meter.pending
         folder = self._checkpoints.save(state, self._write_model, tensors)
         self._last_good, self._saved_step = folder, step
         seconds = round(time.monotonic() - started, 3)
@@ -331,6 +333,7 @@ class SftTrainer:
         load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder, self._world)
         restore(self._optimizer, self._scheduler, tensors)
+        self._meter.take_up(tensors.get("unlogged", ()))  # of an older version: none
         restored = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         self.state.log_history, self.state.epoch = restored.log_history, restored.epoch
         self.state.global_step, self._targets_seen = state.step, state.targets_seen

@@ -212,8 +212,8 @@ def test_a_request_to_stop_saves_and_leaves(tmp_path: Path) -> None:
 
 
 def _then(first: Any, second: Any) -> Any:
-    def both(done: int, meter: Any) -> None:
-        first(done, meter)
+    def both(done: int) -> None:
+        first(done)
         second(done)
 
     return both
