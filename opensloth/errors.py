@@ -14,6 +14,17 @@ from dataclasses import dataclass
 
 from opensloth.contract import Cause
 
+_LONGEST_PATH, _LONGEST_MESSAGE, _LONGEST_HINT = 200, 500, 1200
+"""Characters; the longest hint names every key of TrainingArguments."""
+
+
+def one_line(text: str, longest: int = _LONGEST_MESSAGE) -> str:
+    """`text` as a message may show it: what a terminal would obey is escaped, and the end of a long one left out."""
+    shown = text[: longest + 1]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return shown if len(shown) <= longest else f"{shown[: longest - 3]}..."
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,9 +42,10 @@ class Problem:
     where: str = ""
 
     def __str__(self) -> str:
-        head = ": ".join(part for part in (self.where, self.path) if part)
-        text = f"{head}: {self.message}" if head else self.message
-        return f"{text} ({self.hint})" if self.hint else text
+        head = ": ".join(one_line(part, _LONGEST_PATH) for part in (self.where, self.path) if part)
+        message = one_line(self.message)
+        text = f"{head}: {message}" if head else message
+        return f"{text} ({one_line(self.hint, _LONGEST_HINT)})" if self.hint else text
 
 
 class ExplainedError(Exception):

@@ -7,6 +7,7 @@ contradictions inside one class raise at once. Pure: nothing here looks at the m
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -279,6 +280,15 @@ class TrainingArguments(Section):
                 f"{name!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
             )
         return name
+
+    @field_validator("lr_scheduler_kwargs")
+    @classmethod
+    def _finite(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            json.dumps(kwargs, allow_nan=False)
+        except ValueError:
+            raise ValueError("expected finite numbers") from None
+        return kwargs
 
     @field_validator("max_steps", "warmup_steps")
     @classmethod

@@ -5,6 +5,7 @@ The submitting side resolves a config by this rule and the training side opens w
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -25,7 +26,12 @@ def is_hub_name(text: str, folder: Path) -> bool:
     A name is a hub's when no such file is there, it has the form NAME or OWNER/NAME, no suffix of a data file,
     and OWNER is no folder here.
     """
-    if (folder / text).expanduser().exists() or not _HUB_NAME.fullmatch(text):
+    if os.path.exists(folder / expanded(text)) or not _HUB_NAME.fullmatch(text):
         return False
     owner, slash, _ = text.partition("/")
-    return not text.endswith(_FILE_SUFFIXES) and not (slash and (folder / owner).is_dir())
+    return not text.endswith(_FILE_SUFFIXES) and not (slash and os.path.isdir(folder / owner))
+
+
+def expanded(text: str) -> Path:
+    """`text` with ~ and ~user replaced as a shell does; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(text))

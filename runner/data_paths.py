@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,8 +13,10 @@ from opensloth.errors import Problem
 from opensloth.fingerprint import source_sha256
 from opensloth.opensloth_config import DatasetArgs, OpenSlothConfig, TrainingArguments
 from opensloth.run_config import RunConfig
-from opensloth.source_names import VOLUME_PREFIX, VOLUME_ROOT, is_hub_name
+from opensloth.source_names import VOLUME_PREFIX, VOLUME_ROOT, expanded, is_hub_name
 from runner import yaml12
+
+# os.path asks instead of pathlib: what cannot be a path (a name too long, NUL) is not there, and raises nothing.
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def _problems_of_sources(values: Mapping[str, Any], folder: Path, is_cluster: bo
         if text.startswith(VOLUME_PREFIX):
             if not is_cluster:
                 yield _problem_of_volume(path, text, "file")
-        elif not is_hub_name(text, folder) and not _local(text, folder).exists():
+        elif not is_hub_name(text, folder) and not os.path.exists(_local(text, folder)):
             where = _local(text, folder)
             yield Problem(path, f"no such file or folder: {where}", nearest_name(where))
 
@@ -51,7 +54,7 @@ def _problems_of_sources(values: Mapping[str, Any], folder: Path, is_cluster: bo
 def _problems_of_templates(values: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
     for path, text in _templates(values):
         where = _local(text, folder)
-        if not where.is_file():
+        if not os.path.isfile(where):
             yield Problem(path, f"no such file: {where}", nearest_name(where))
         elif (fault := _fault_of_template(where)) is not None:
             yield Problem(path, f"{where}: {fault}")
@@ -63,12 +66,12 @@ def _problems_of_folders(values: Mapping[str, Any], folder: Path, is_cluster: bo
         if text.startswith(VOLUME_PREFIX):
             if not is_cluster:
                 yield _problem_of_volume(path, text, "folder")
-        elif is_cluster and (_is_of_volume(text) or (text.startswith("/") and not where.exists())):
+        elif is_cluster and (_is_of_volume(text) or (text.startswith("/") and not os.path.exists(where))):
             continue  # in the pods: on the volume, in another one, or in the image
-        elif not where.is_dir():
+        elif not os.path.isdir(where):
             if marker or (is_cluster and text.startswith((".", "~"))):  # a model may be the hub's
                 yield Problem(path, f"no such folder: {where}", nearest_name(where))
-        elif marker and not (where / marker).is_file():
+        elif marker and not os.path.isfile(where / marker):
             yield Problem(path, f"{where} is no {what}: it holds no {marker}")
 
 
@@ -99,7 +102,7 @@ def _template(path: Path) -> str:
 def nearest_name(path: Path) -> str:
     """A hint with the most similar name beside `path`, "" when there is none."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return f"there is no folder {parent}"
     near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""
@@ -147,13 +150,13 @@ class _Resolver:
         changed: dict[str, Any] = {}
         if training.output_dir is not None:
             base = self._folder.resolve() if self._roots.inputs is None else self._roots.root
-            changed["output_dir"] = str(base / Path(training.output_dir).expanduser())
+            changed["output_dir"] = str(base / expanded(training.output_dir))
         if isinstance(training.resume_from_checkpoint, str):
             changed["resume_from_checkpoint"] = self._of_folder(training.resume_from_checkpoint)
         return training.model_copy(update=changed)
 
     def opensloth(self, opensloth: OpenSlothConfig) -> OpenSlothConfig:
-        cache = self._roots.cache / Path(opensloth.data_cache_path).expanduser()
+        cache = self._roots.cache / expanded(opensloth.data_cache_path)
         model = opensloth.fast_model_args
         changed: dict[str, Any] = {
             "data_cache_path": str(cache),
@@ -172,7 +175,7 @@ class _Resolver:
 
     def _model(self, name: str) -> str:
         """A model beside the file, or a place on the volume; a hub name stays as it is."""
-        if name.startswith(VOLUME_PREFIX) or _local(name, self._folder).is_dir():
+        if name.startswith(VOLUME_PREFIX) or os.path.isdir(_local(name, self._folder)):
             return self._of_folder(name)
         return name
 
@@ -183,7 +186,7 @@ class _Resolver:
             return str(local.resolve())
         if text.startswith(VOLUME_PREFIX):
             return self._on_volume(text)
-        return text if _is_of_volume(text) or not local.is_dir() else self._here(text)
+        return text if _is_of_volume(text) or not os.path.isdir(local) else self._here(text)
 
     def _on_volume(self, text: str) -> str:
         return str(PurePosixPath(self._roots.root) / text.removeprefix(VOLUME_PREFIX).lstrip("/"))
@@ -197,7 +200,7 @@ class _Resolver:
 
 
 def _local(text: str, folder: Path) -> Path:
-    return folder / Path(text).expanduser()
+    return folder / expanded(text)
 
 
 def _sources(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,9 +18,12 @@ RunnerError               1    message + hint: what went wrong, what to do next
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from opensloth.errors import ExplainedError, Problem
 
+_SHOWN_PROBLEMS: Final = 100
+"""A file with more is no config: lines without end would hide the first."""
 INSTALL_TRAIN_EXTRA = "pip install 'opensloth[train]'"
 
 
@@ -38,7 +41,9 @@ class InvalidFileError(UsageError):
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"{count} in {file}:", *(f"  {problem}" for problem in problems)]
+        lines = [f"{count} in {file}:", *(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])]
+        if len(problems) > _SHOWN_PROBLEMS:
+            lines.append(f"  and {len(problems) - _SHOWN_PROBLEMS} more")
         super().__init__("\n".join(lines))
 
 

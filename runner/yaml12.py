@@ -22,6 +22,9 @@ _MAX_DEPTH: Final = 50
 """Composing recurses, in C without a check; a config needs five levels or so."""
 _TOO_DEEP: Final = f"more than {_MAX_DEPTH} levels of lists and mappings inside each other"
 
+_MAX_DIGITS: Final = 1_000
+"""Of a whole number. Python reads hexadecimal ones of any length, and then cannot print them."""
+
 _TAG: Final = "tag:yaml.org,2002:"
 _IMPLICIT: Final = [
     ("null", re.compile(r"(?:~|null|Null|NULL|)\Z")),
@@ -58,6 +61,11 @@ def parse(text: str) -> Document:
     document = Document(lines={"": 1})
     # PyYAML skips a mark at the beginning only when it decodes the bytes itself.
     text = text.removeprefix("\ufeff")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # an argument whose bytes are not UTF-8
+        document.problems.append((1, Problem("", "not UTF-8 text")))
+        return document
     try:
         if (line := _line_too_deep(text)) is not None:
             document.problems.append((line, Problem("", _TOO_DEEP)))
@@ -154,6 +162,9 @@ class _Builder:
         if not isinstance(node, yaml.ScalarNode):
             self._refuse(node, path, "expected text as a key, got a list or a mapping")
         elif node.tag == _TAG + "str":
+            if "\0" in node.value:
+                self._refuse(node, path, "a key contains a NUL character")
+                return None
             if node.value != "<<":
                 return str(node.value)
             self._refuse(node, path, "merge keys (<<) are not part of YAML 1.2", "write the keys out")
@@ -173,6 +184,8 @@ class _Builder:
         kind, text = node.tag.removeprefix(_TAG), node.value
         try:
             match kind:
+                case "str" if "\0" in text:
+                    return self._refuse(node, path, "contains a NUL character, which no value may")
                 case "str":
                     return text
                 case "null":
@@ -192,6 +205,8 @@ class _Builder:
 
 
 def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError
     if text.startswith("0o"):
         return int(text[2:], 8)
     return int(text, 16) if text.startswith("0x") else int(text)

@@ -228,6 +228,41 @@ def test_a_file_that_is_not_utf8() -> None:
         load_file(Path("sft.yaml"), (), None, Target(SHARED))
 
 
+def message_of(text: str, *sets: str) -> str:
+    with pytest.raises(InvalidFileError) as caught:
+        load(Case("", text, sets=sets))
+    return str(caught.value)
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_messages() -> None:
+    said = message_of(GOOD_CASES[0].text + '"\\e[31m\\n": 1\n', "training.seed=\x1b[2J")
+    assert "sft.yaml:3: \\x1b[31m\\n: unknown key" in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
+def test_a_message_has_an_end() -> None:
+    said = message_of(GOOD_CASES[0].text + f"{'k' * 1_000}: 1\n" + "".join(f"k{i}: 1\n" for i in range(2_000)))
+    assert said.splitlines()[0] == "2001 problems in sft.yaml:"
+    assert said.splitlines()[-1] == "  and 1901 more"
+    assert max(map(len, said.splitlines())) < 1_000
+
+
+@pytest.mark.parametrize("path", ["x" * 5_000 + ".jsonl", "~nosuchuser/x.jsonl", "x/" * 3_000 + "x"])
+def test_a_path_that_can_be_none_is_not_there(path: str) -> None:
+    said = message_of(GOOD_CASES[0].text, f"dataset.path={path}", f"dataset.chat_template={path}.jinja")
+    assert said.count("no such file") == 2
+
+
+def test_a_home_of_nobody_is_a_folder_of_that_name(tmp_path: Path) -> None:
+    loaded = load(Case("", GOOD_CASES[0].text, sets=("training.output_dir=~nosuchuser/out",)))
+    assert loaded.run.training.output_dir == str(tmp_path / "~nosuchuser" / "out")
+
+
+def test_infinity_among_the_schedules_arguments_would_be_lost_on_the_way() -> None:
+    said = message_of(GOOD_CASES[0].text + "training: {lr_scheduler_kwargs: {min_lr: .inf}}\n")
+    assert "sft.yaml:3: training.lr_scheduler_kwargs: expected finite numbers" in said
+
+
 @pytest.mark.parametrize(
     ("text", "exists"),
     [("OWNER/NAME", True), ("imdb", True), ("data/NAME", False), ("NAME.jsonl", False), ("./x", False)],

@@ -87,11 +87,21 @@ def test_aliases_of_aliases_are_bounded() -> None:
         ("a: !!int x\n", 1, "a: 'x' cannot be read as int"),
         ("a: \x07\n", 1, "the character U+0007 is not allowed in YAML"),
         ("a: *b\n", 1, "not valid YAML: an alias (*name) without its anchor (&name)"),
+        ('a: "\\0"\n', 1, "a: contains a NUL character, which no value may"),
+        ('"\\0": 1\n', 1, "a key contains a NUL character"),
+        ("a: \udcff\n", 1, "not UTF-8 text"),
     ],
 )
 def test_refused(text: str, line: int, problem: str) -> None:
     document = yaml12.parse(text)
     assert [(at, str(found)) for at, found in document.problems] == [(line, problem)]
+
+
+@pytest.mark.parametrize("number", ["9" * 5_000, "0x" + "f" * 5_000, "0o" + "7" * 5_000])
+def test_a_number_too_long_to_be_printed_is_refused(number: str) -> None:
+    ((_, problem),) = yaml12.parse(f"a: {number}").problems
+    assert problem.message.endswith("cannot be read as int")
+    assert len(str(problem)) < 600
 
 
 def test_nothing_is_no_value() -> None:
