@@ -62,6 +62,8 @@ TORCHRUN_LOG: Final = "torchrun.log"
 """What torchrun prints: when ranks leave, that is a page which says less than `ended.json`."""
 
 RANK_LOG: Final = "rank-{rank}.log"
+RANK_STACKS: Final = "rank-{rank}.stacks"
+"""Where each thread of a rank stood when the ranks made no progress."""
 RANK_OUTCOME: Final = "rank-{rank}.outcome.json"
 """{"cause", "message", "hint", "time"}: why this rank left, written by the rank itself."""
 
@@ -85,6 +87,9 @@ BEAT_FILE: Final = "beat.json"
 LOST_FILE: Final = "lost.json"
 """{"node", "host", "time"}: the pod of a node vanished without a word; its successor asks for another attempt."""
 
+HUNG_FILE: Final = "hung.json"
+"""{"node", "rank", "seconds", "doing"}: that rank makes no progress; all save their ranks' stacks and end them."""
+
 NODE_FILE: Final = "node-{node}.json"
 """{"cause", "message", "hint", "time"}: how it ended on this node. `ended.json` is how the attempt ended."""
 
@@ -97,6 +102,8 @@ NODE_TORCHRUN_LOG: Final = "node-{node}.torchrun.log"
 
 RUN_DIR_ENV: Final = "OSLO_RUN_DIR"
 ATTEMPT_ENV: Final = "OSLO_ATTEMPT"
+PULSE_DIR_ENV: Final = "OSLO_PULSE_DIR"
+"""A folder on the node's own disk, where its ranks say that they make progress (`opensloth.pulse`)."""
 LAUNCHER_ENV: Final = "OSLO_LAUNCHER_PID"
 """The launcher's process number: ranks that have lost it stop."""
 
@@ -114,6 +121,8 @@ GRACE_ENV: Final = "OSLO_GRACE_SECONDS"
 """How long ranks may take to agree, save and leave once they were asked to."""
 STALE_ENV: Final = "OSLO_STALE_SECONDS"
 """Node 0 counts as gone when its beat has not changed for so long. Unset: 60."""
+HUNG_ENV: Final = "OSLO_HUNG_SECONDS"
+"""Ranks that make no progress for so long, longer where their steps are long, are ended. Unset: 600."""
 TERMINATION_LOG_ENV: Final = "OSLO_TERMINATION_LOG"
 TERMINATION_LOG: Final = "/dev/termination-log"
 """Where the launcher leaves its last word (pod_log.format_end) for the kubelet."""
@@ -163,6 +172,8 @@ class Cause:
     CANCELLED: Final = "cancelled"
     TERMINATED: Final = "terminated"
     KILLED: Final = "killed"
+    HUNG: Final = "hung"
+    """A rank made no progress; its stack and those of all others are saved."""
     VOLUME: Final = "volume"
     """A fault of the volume that may pass: an I/O error, a stale handle, no answer."""
     PEER_LOST: Final = "peer_lost"
@@ -184,6 +195,7 @@ EXIT_CODE_OF_CAUSE: Final = {
     Cause.CANCELLED: ExitCode.INFRASTRUCTURE,
     Cause.TERMINATED: ExitCode.INFRASTRUCTURE,
     Cause.KILLED: ExitCode.INFRASTRUCTURE,
+    Cause.HUNG: ExitCode.INFRASTRUCTURE,
     Cause.VOLUME: ExitCode.INFRASTRUCTURE,
     Cause.PEER_LOST: ExitCode.INFRASTRUCTURE,
     Cause.SUPERSEDED: ExitCode.INFRASTRUCTURE,

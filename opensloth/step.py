@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,12 @@ class StepTotals:
 class Objective:
     """The supervised loss of a model on a batch."""
 
-    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None) -> None:
-        """autocast: compute in this dtype; None: in the weights' own."""
+    def __init__(
+        self, model: nn.Module, *, autocast: torch.dtype | None, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """autocast: compute in this dtype; None: in the weights' own. beat: called with every batch."""
         self._model = model
-        self._autocast = autocast
+        self._autocast, self._beat = autocast, beat
         self._selects = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -50,6 +52,7 @@ class Objective:
 
         Only the positions that predict a target go through the model's head.
         """
+        self._beat()
         device = batch.targets.device
         computing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._autocast is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from opensloth.files import MAKE_ROOM, NO_ROOM, may_pass, sync_tree, write_json
 from opensloth.model import load_model, published_dtype
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.orders import Orders
+from opensloth.pulse import Pulse
 from opensloth.reporting import check_reporters
 from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer
@@ -59,8 +61,8 @@ def train(opensloth_config: OpenSlothConfig, training_config: TrainingArguments)
     return result
 
 
-def run_rank(run: Path, attempt: int) -> None:
-    """One rank of attempt `attempt` of the run in folder `run`."""
+def run_rank(run: Path, attempt: int, pulse: Pulse) -> None:
+    """One rank of attempt `attempt` of the run in folder `run`. pulse: where it says that it makes progress."""
     config = run_config.load((run / contract.CONFIG_FILE).read_text())
     training = config.training
     world = join_world(cuda=_on_cuda(training), timeout_seconds=training.ddp_timeout)
@@ -72,6 +74,7 @@ def run_rank(run: Path, attempt: int) -> None:
         final=run / contract.FINAL_DIR,
         tensorboard=run / contract.TENSORBOARD_DIR,
         orders=Orders(folder, int(os.environ[contract.LAUNCHER_ENV])),
+        pulse=pulse,
     )
     if world.is_main:
         remove_leftovers((run, place.checkpoints))
@@ -81,6 +84,7 @@ def run_rank(run: Path, attempt: int) -> None:
     events.emit("phase", phase="train")
     # What this run has done itself counts for more than the checkpoint it was once started from.
     result = trainer.train(trainer.newest_checkpoint() or training.resume_from_checkpoint or False)
+    pulse.at("the result")
     if world.is_main:
         _publish(trainer, config, place, run, result, events)
         events.emit("result", final=str(place.final), **_report(result))
@@ -220,10 +224,11 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     folder = run / contract.ATTEMPTS_DIR / str(attempt)
     _redirect_output(folder / contract.RANK_LOG.format(rank=rank))
+    faulthandler.enable()  # a crash in native code leaves the stacks in the log
     transformers.logging.disable_progress_bar()  # a log is no terminal
     cause, message, hint = Cause.SUCCEEDED, "", ""
     try:
-        run_rank(run, attempt)
+        run_rank(run, attempt, Pulse(Path(os.environ[contract.PULSE_DIR_ENV]), rank))
     except Exception as error:  # the boundary: everything is classified, nothing is swallowed
         cause, message, hint = _cause_of(error)
         if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY, Cause.VOLUME):

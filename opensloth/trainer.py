@@ -27,6 +27,7 @@ from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
 from opensloth.optimizer import make_optimizer, make_scheduler, restore
 from opensloth.orders import CAUSES, Orders
+from opensloth.pulse import Pulse
 from opensloth.reporting import Reporting, transformers_arguments
 from opensloth.run_config import RunConfig
 from opensloth.step import Objective, StepTotals, accumulate_gradients, clip_gradients
@@ -36,12 +37,13 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run keeps its files, and who may ask it to stop."""
+    """Where a run keeps its files, who may ask it to stop, and where this rank says that it makes progress."""
 
     checkpoints: Path
     final: Path
     tensorboard: Path
     orders: Orders = field(default_factory=Orders)
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class SftTrainer:
         self._plan_id = f"{train_rows.sha256()} seed {order.seed} shuffle {order.shuffle} drop_last {order.drop_last}"
         self._parameters = trainable_parameters(model)
         broadcast_parameters(self._parameters, world)
-        self._objective = Objective(model, autocast=torch.bfloat16 if self._training.bf16 else None)
+        autocast = torch.bfloat16 if self._training.bf16 else None
+        self._objective = Objective(model, autocast=autocast, beat=place.pulse.beat)
         arguments = transformers_arguments(self._training, place.final, config.name)
         self._optimizer = make_optimizer(self._parameters, arguments)
         self._scheduler = make_scheduler(self._optimizer, self._training, self.plan)
@@ -137,6 +140,7 @@ class SftTrainer:
         try:
             with self._place.orders:
                 for step in range(first, self.plan.total_steps):
+                    self._place.pulse.step(step + 1, first=step == first)
                     self._leave_if_asked(step)
                     self._meter.add(self._step(step))
                     self._after_step(step + 1)
@@ -156,6 +160,7 @@ class SftTrainer:
         if self._eval_rows is None:
             raise DataError("there is no evaluation split", "set dataset.eval_fraction or dataset.eval_path")
         started = time.monotonic()
+        self._place.pulse.at("evaluation")
         size = self._training.per_device_eval_batch_size or self._training.per_device_train_batch_size
         mine = np.arange(self._world.rank, len(self._eval_rows), self._world.size)
         loss_sum, targets = 0.0, 0
@@ -290,6 +295,7 @@ class SftTrainer:
         raise StopRequested(cause, f"{cause} after step {step} of {self.plan.total_steps}")
 
     def _save(self, step: int) -> None:
+        self._place.pulse.at(f"the checkpoint of step {step}")
         started = time.monotonic()
         state = checkpoint.CheckpointState(
             step=step,

@@ -84,6 +84,11 @@ class Attempt:
         who = {"node": node, "host": socket.gethostname(), "time": time.time()}
         create_json(self.folder / contract.LOST_FILE, who)
 
+    def declare_hung(self, node: int, rank: int, seconds: float, doing: str) -> None:
+        """Say that a rank of `node` makes no progress; the first to say so counts."""
+        what = {"node": node, "rank": rank, "seconds": round(seconds, 1), "doing": doing}
+        create_json(self.folder / contract.HUNG_FILE, what)
+
     def missing(self, pattern: str, nodes: int) -> list[int]:
         """The nodes from 1 whose file (JOINED_FILE, READY_FILE, NODE_FILE) is not there."""
         there = self.files()

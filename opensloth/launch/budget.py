@@ -13,7 +13,7 @@ from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause, ExitCode
 from opensloth.human import human_duration
 from opensloth.launch.ending import Ending
 
-_COSTS = (None, Cause.KILLED, Cause.PEER_LOST, Cause.VOLUME)
+_COSTS = (None, Cause.KILLED, Cause.HUNG, Cause.PEER_LOST, Cause.VOLUME)
 """What an attempt ended with that was lost; None: it has no end, its launcher was killed."""
 _MORE_TIME = "the last checkpoint stands: raise job.deadline and submit again to go on from it"
 _TIMES = {2: "twice", 3: "three times"}

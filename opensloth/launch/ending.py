@@ -13,7 +13,7 @@ from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause
 from opensloth.orders import CAUSES as ASKED
 
 _LOST = (Cause.PEER_LOST,)
-_KILLED = (Cause.KILLED, Cause.VOLUME)
+_KILLED = (Cause.KILLED, Cause.HUNG, Cause.VOLUME)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class NodeFacts:
 
 
 def first_cause(endings: Iterable[Ending]) -> Ending | None:
-    """The earliest fault of somebody's own, else what was asked for, else who was killed, or met a fault of the volume.
+    """The earliest fault of somebody's own, else what was asked for, else who was killed or hung, or met
+    a fault of the volume.
 
     Victims come last.
     """

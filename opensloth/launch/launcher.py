@@ -32,6 +32,7 @@ from opensloth.launch.ending import Ending, first_cause
 from opensloth.launch.part import Part, quiet_events
 from opensloth.launch.ranks import kill_strays, missing_devices, ranks_of_node, run_ranks
 from opensloth.launch.settings import Settings
+from opensloth.launch.stacks import hung_ending
 from opensloth.launch.volume import fault
 from opensloth.pod_log import format_end
 
@@ -238,6 +239,8 @@ class Launcher:
         nodes = part.attempt.node_endings(self._settings.nodes)
         ranks = part.attempt.outcomes(range(self._ranks * self._settings.nodes))
         found = first_cause([own, *nodes.values(), *ranks]) or own
+        if found.cause == Cause.HUNG:  # by now the stacks of the other nodes' ranks are there too
+            found = hung_ending(part.attempt)
         if found.cause == Cause.PEER_LOST and missing:
             gone = ", ".join(map(str, missing))
             return Ending(Cause.PEER_LOST, f"node {gone} vanished without a word", "its pod or its machine was lost")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from opensloth.launch import machine
 from opensloth.launch.ending import Ending, NodeFacts, ending_of_node
 from opensloth.launch.part import Part
 from opensloth.launch.settings import Settings
+from opensloth.launch.stacks import hung_ending, save_stacks
+from opensloth.launch.watchdog import Watchdog
 from opensloth.run_config import RunConfig
 
 FAILED_ELSEWHERE_SECONDS = 10.0
@@ -54,18 +57,24 @@ def run_ranks(part: Part, config: RunConfig, master: str, check_time: Callable[[
     logs = [(rank, part.attempt.folder / contract.RANK_LOG.format(rank=rank)) for rank in range(first, first + count)]
     if part.relay:
         part.relay.follow(logs)
-    with part.torchrun_log.open("wb") as log:
-        child = subprocess.Popen(
-            _command(part.settings, count, master),
-            stdout=log,
-            stderr=log,
-            env=_environment(part, config, count),
-            start_new_session=True,
-        )
-    part.begin_training()
-    cut = _oversee(child, part, check_time)
-    part.end_training()
-    kill_strays(part.settings)  # torchrun ends its ranks, unless it was killed itself
+    with tempfile.TemporaryDirectory(prefix="oslo-pulse-", ignore_cleanup_errors=True) as pulses:
+        with part.torchrun_log.open("wb") as log:
+            child = subprocess.Popen(
+                _command(part.settings, count, master),
+                stdout=log,
+                stderr=log,
+                env=_environment(part, config, count) | {contract.PULSE_DIR_ENV: pulses},
+                start_new_session=True,
+            )
+        part.begin_training()
+        watchdog = Watchdog(Path(pulses), range(first, first + count), part.settings.hung_seconds)
+        try:
+            cut = _oversee(child, part, watchdog, check_time)
+        except BaseException:  # the volume failed: ranks that hang would never notice that their launcher is gone
+            _kill(child, part.settings)
+            raise
+        part.end_training()
+        kill_strays(part.settings)  # torchrun ends its ranks, unless it was killed itself
     facts = NodeFacts(
         code=child.returncode,
         outcomes=part.attempt.outcomes(range(first, first + count)),
@@ -105,7 +114,9 @@ def _environment(part: Part, config: RunConfig, count: int) -> dict[str, str]:
     return env
 
 
-def _oversee(child: subprocess.Popen[bytes], part: Part, check_time: Callable[[], None]) -> Ending | None:
+def _oversee(
+    child: subprocess.Popen[bytes], part: Part, watchdog: Watchdog, check_time: Callable[[], None]
+) -> Ending | None:
     """Until torchrun has left; says why its ranks were killed, unless it was for a request they did not heed."""
     asked, failed = _Since(), _Since()
     while child.poll() is None:
@@ -114,13 +125,27 @@ def _oversee(child: subprocess.Popen[bytes], part: Part, check_time: Callable[[]
         cut = part.interruption()
         if cut is None and failed.seconds(elsewhere is not None) > FAILED_ELSEWHERE_SECONDS:
             cut = elsewhere
+        asked_for = asked.seconds(part.attempt.stop_cause() is not None)
+        if cut is None and not asked_for:  # who was asked to leave has the grace period for it
+            cut = _hung(part, watchdog)
         if cut is not None:
             _kill(child, part.settings)
             return cut
-        if asked.seconds(part.attempt.stop_cause() is not None) > part.settings.grace_seconds:
+        if asked_for > part.settings.grace_seconds:
             _kill(child, part.settings)
         time.sleep(part.settings.poll_seconds)
     return None
+
+
+def _hung(part: Part, watchdog: Watchdog) -> Ending | None:
+    """The end when ranks here or on another node make no progress; their stacks have been saved by then."""
+    stall = watchdog.look()
+    if stall is not None:
+        part.attempt.declare_hung(part.settings.node, stall.rank, stall.seconds, stall.doing)
+    if contract.HUNG_FILE not in part.attempt.files():
+        return None
+    save_stacks(part.attempt, watchdog.ranks, watchdog.folder)
+    return hung_ending(part.attempt)
 
 
 class _Since:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from opensloth import contract
 from opensloth.beat import STALE_SECONDS
+from opensloth.launch.watchdog import HUNG_SECONDS
 
 GRACE_SECONDS = 120.0
 """How long ranks may take to agree, save and leave once they were asked to."""
@@ -37,6 +38,7 @@ class Settings:
     grace_seconds: float = GRACE_SECONDS
     start_timeout_seconds: float = START_TIMEOUT_SECONDS
     stale_seconds: float = STALE_SECONDS
+    hung_seconds: float = HUNG_SECONDS
     max_restarts: int | None = None
     deadline_seconds: float | None = None
     termination_log: Path | None = None
@@ -67,6 +69,7 @@ def read(run: Path, env: Mapping[str, str] = os.environ) -> Settings:
         grace_seconds=float(env.get(contract.GRACE_ENV, GRACE_SECONDS)),
         start_timeout_seconds=float(env.get(contract.START_TIMEOUT_ENV, START_TIMEOUT_SECONDS)),
         stale_seconds=float(env.get(contract.STALE_ENV, STALE_SECONDS)),
+        hung_seconds=float(env.get(contract.HUNG_ENV, HUNG_SECONDS)),
         max_restarts=int(restarts) if restarts else None,
         deadline_seconds=float(deadline) if deadline else None,
         termination_log=Path(env.get(contract.TERMINATION_LOG_ENV, contract.TERMINATION_LOG)) if config else None,

@@ -23,6 +23,12 @@ WAIT_SECONDS = 120
 PYTHON = (sys.executable, "-m", "opensloth.launch")
 
 
+def with_faults(**faults: Any) -> dict[str, str]:
+    """The environment that puts faults into a run's processes: faults/sitecustomize.py."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent / "faults"), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "OSLO_TEST_FAULTS": json.dumps(faults)}
+
+
 class Run:
     """A run folder, and the launcher's process on it."""
 
@@ -51,10 +57,14 @@ class Run:
         self.config_text = run_config.dump(config)
         (self.folder / "config.yaml").write_text(self.config_text)
         self.process: subprocess.Popen[bytes] | None = None
+        self.env: dict[str, str] = {}
+        """Of the launcher, besides this process's own."""
 
     def start(self) -> None:
         with (self.folder / "launcher.out").open("ab") as out:
-            self.process = subprocess.Popen([*PYTHON, str(self.folder)], stdout=out, stderr=out, start_new_session=True)
+            self.process = subprocess.Popen(
+                [*PYTHON, str(self.folder)], stdout=out, stderr=out, env=os.environ | self.env, start_new_session=True
+            )
 
     def wait(self) -> int:
         assert self.process is not None
