@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -76,6 +76,48 @@ class RunStatus:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Word:
+    """How a rank or a node says that it ended. who: `rank 1`, `node 1`. time: seconds since the epoch."""
+
+    who: str
+    cause: str
+    message: str
+    time: float
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One attempt, as its files tell."""
+
+    number: int
+    cause: str | None = None
+    """Why it ended; null: it has no end, it runs or its launcher was killed."""
+    message: str | None = None
+    """The same as a sentence."""
+    started: float | None = None
+    ended: float | None = None
+    checkpoint_step: int | None = None
+    """The newest checkpoint when it started; null: none."""
+    words: list[Word] = field(default_factory=list)
+    """What ranks and nodes say of how they ended, the first first: {who, cause, message, time}."""
+    stood: dict[str, str] = field(default_factory=dict)
+    """Of ranks that hung: where each stood, as in `step.py:41 in forward`, by its number."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `oslo why` is told from.
+
+    attempts: the latest ones, the oldest first; none: there are none, or they could not be read.
+    seen: what else bears witness, sentences, the most telling first.
+    """
+
+    status: RunStatus
+    attempts: Sequence[AttemptRecord] = ()
+    seen: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +201,10 @@ class Backend(Protocol):
         ...
 
     def get(self, run: str) -> RunStatus: ...
+
+    def findings(self, run: str) -> Findings:
+        """The status, and what bears witness to why it is so."""
+        ...
 
     def config(self, run: str) -> RunConfig:
         """The resolved config."""

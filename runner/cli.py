@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "submit": ("submit", "Train as a config file says, on a cluster or with --local here."),
     "logs": ("logs", "Show the log of a run, all ranks."),
     "status": ("jobs", "Show where a run stands."),
+    "why": ("why", "Say why a run failed, waits or began again, and what to do next."),
     "list": ("jobs", "List the runs, newest first."),
     "wait": ("jobs", "Wait until a run is over; the exit code says how it ended."),
     "cancel": ("jobs", "Save a checkpoint and stop; the run can be resumed."),

@@ -13,25 +13,35 @@ from typing import Any, Final
 from opensloth.pod_log import PodLine
 from opensloth.run_config import RunConfig, load
 from runner import cluster_logs, cluster_status, kueue
-from runner.backend import LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
+from runner.backend import (
+    AttemptRecord,
+    Findings,
+    LogLine,
+    LogQuery,
+    Outcome,
+    RunStatus,
+    State,
+    Submission,
+    Waiting,
+    no_result,
+)
 from runner.cluster_history import ClusterHistory
 from runner.cluster_status import (
     CANCELLED_ANNOTATION,
     JobFacts,
-    Manifest,
-    has_started,
     is_cancelled,
     is_over,
-    node_of,
     template_of,
 )
 from runner.errors import BusyError, ClusterError, Interrupted, NotFoundError, UnreachableError
-from runner.helper import Helper
+from runner.helper import START_SECONDS, Helper
 from runner.identity import name_of
 from runner.kube.api import EVENTS, JOBS, PODS, Cluster
 from runner.kube.errors import ConflictError, ForbiddenError, MissingError, RefusedError, UnavailableError
 from runner.patience import OUTAGE_SECONDS, patiently
 from runner.pod import CONFIG_ANNOTATION
+from runner.pod_evidence import by_time, seen
+from runner.pod_facts import Manifest, has_started, node_of
 from runner.spec import OWN_PREFIX
 
 MANAGED: Final = "app.kubernetes.io/managed-by=oslo"
@@ -44,6 +54,8 @@ _GONE_SECONDS: Final = 600.0
 _NAME: Final = re.compile("[a-zA-Z0-9]([-a-zA-Z0-9]*[a-zA-Z0-9])?")
 _SERVER_FIELDS: Final = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "selfLink")
 _PARALLEL_LOGS: Final = 8
+_WHY_SECONDS: Final = 45.0
+"""How long `why` waits for a helper pod: what it tells without the volume is worth more than a long wait."""
 
 
 class KubernetesBackend:
@@ -93,6 +105,27 @@ class KubernetesBackend:
     def get(self, run: str) -> RunStatus:
         job = self._job(run)
         return self._status(job, self._pods_of(run))
+
+    def findings(self, run: str) -> Findings:
+        job, pods = self._job(run), self._pods_of(run)
+        incidents = by_time([*self._incidents(run), *self._pod_warnings(pods)])
+        facts = self._facts(job, pods, self._last_lines(pods), incidents)
+        status = cluster_status.derive(facts)
+        return Findings(status, self._attempts(job, status), seen(facts))
+
+    def _attempts(self, job: Manifest, status: RunStatus) -> list[AttemptRecord]:
+        """From the volume, where they tell something: of a run that has failed, or that has been restarted."""
+        restarted = status.attempt > 1 and status.state in (State.PREPARING, State.RUNNING)
+        if status.state is not State.FAILED and not restarted:
+            return []
+        try:
+            with self._history(job, _WHY_SECONDS) as history:
+                return history.attempts(status.run)
+        except NotFoundError:  # it has left no files
+            return []
+        except ClusterError as error:
+            self._warn(f"the run's folder on the volume was not read: {error}")
+            return []
 
     def config(self, run: str) -> RunConfig:
         return load(template_of(self._job(run))["metadata"]["annotations"][CONFIG_ANNOTATION])
@@ -216,9 +249,12 @@ class KubernetesBackend:
             raise NotFoundError(f"{self.handle(run)} is not there (any more)", "oslo list shows what is")
         return job
 
-    def _history(self, job: Manifest) -> ClusterHistory:
-        """The volume's side of a run, through a helper pod like the run's own."""
-        return ClusterHistory(self.cluster, Helper(self.cluster, template_of(job)["spec"], self._say))
+    def _history(self, job: Manifest, start_seconds: float = START_SECONDS) -> ClusterHistory:
+        """The volume's side of a run, through a helper pod like the run's own.
+
+        start_seconds: how long that may take to start.
+        """
+        return ClusterHistory(self.cluster, Helper(self.cluster, template_of(job)["spec"], self._say, start_seconds))
 
     def _pods_of(self, run: str) -> list[Manifest]:
         pods = self.cluster.find(PODS, f"{JOB_NAME_LABEL}={run}")
@@ -231,7 +267,17 @@ class KubernetesBackend:
         except (ForbiddenError, UnreachableError) as error:
             self._warn(f"why pods are missing is not known: {error}")
             return []
-        return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+        return by_time(events)
+
+    def _pod_warnings(self, pods: Sequence[Manifest]) -> list[dict[str, Any]]:
+        """Events about the pods that are there, which say what their objects do not."""
+        names = {pod["metadata"]["name"] for pod in pods}
+        try:
+            events = self.cluster.find(EVENTS, fields="involvedObject.kind=Pod,type=Warning") if names else []
+        except (ForbiddenError, UnreachableError) as error:
+            self._warn(f"what happened to the pods is not known: {error}")
+            return []
+        return [event for event in events if event["involvedObject"].get("name") in names]
 
     def _workload(self, job: Manifest) -> Manifest | None:
         """What Kueue keeps for a job that asks for a queue; None without the right to see it."""
@@ -243,17 +289,25 @@ class KubernetesBackend:
             self._warn(f"what Kueue says of it is not known: {error}")
             return None
 
-    def _derive(self, job: Manifest, pods: Sequence[Manifest], lines: Sequence[PodLine]) -> RunStatus:
-        incidents = self._incidents(job["metadata"]["name"]) if _lacks_pods(job, pods) else []
+    def _facts(
+        self, job: Manifest, pods: Sequence[Manifest], lines: Sequence[PodLine], incidents: Sequence[Manifest]
+    ) -> JobFacts:
         waits = cluster_status.is_suspended(job) and not is_over(job) and not is_cancelled(job)
         workload = self._workload(job) if waits else None
-        return cluster_status.derive(JobFacts(job, pods, lines, incidents, time.time(), workload))
+        return JobFacts(job, pods, lines, incidents, time.time(), workload)
+
+    def _derive(self, job: Manifest, pods: Sequence[Manifest], lines: Sequence[PodLine]) -> RunStatus:
+        incidents = self._incidents(job["metadata"]["name"]) if _lacks_pods(job, pods) else []
+        return cluster_status.derive(self._facts(job, pods, lines, incidents))
 
     def _status(self, job: Manifest, pods: Sequence[Manifest]) -> RunStatus:
         pods = sorted(pods, key=node_of)
-        told = next(filter(has_started, pods), None)  # the master, unless only a worker is left
-        lines = self._tail(told["metadata"]["name"]) if told else []
-        return self._derive(job, pods, lines)
+        return self._derive(job, pods, self._last_lines(pods))
+
+    def _last_lines(self, pods: Sequence[Manifest]) -> list[PodLine]:
+        """Of the master, unless only a worker is left."""
+        told = next(filter(has_started, pods), None)
+        return self._tail(told["metadata"]["name"]) if told else []
 
     def _tail(self, pod: str) -> list[Any]:
         try:

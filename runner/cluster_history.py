@@ -17,7 +17,20 @@ from opensloth import contract, run_config
 from opensloth.contract import Cause
 from opensloth.run_config import RunConfig
 from runner import output, transfer
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
+from runner.backend import (
+    LOCAL_SCHEME,
+    AttemptRecord,
+    Findings,
+    LogLine,
+    LogQuery,
+    Outcome,
+    RunStatus,
+    State,
+    Submission,
+    Waiting,
+    Word,
+    no_result,
+)
 from runner.channel import LostError
 from runner.cluster_status import handle_of, template_of
 from runner.errors import BusyError, ClusterError, NotFoundError, UsageError
@@ -87,6 +100,15 @@ class ClusterHistory:
         reason = f"its object was deleted during attempt {status.attempt}"
         return replace(status, state=State.CANCELLED, cause=Cause.CANCELLED, reason=reason, hint=None, eta=None)
 
+    def findings(self, run: str) -> Findings:
+        return Findings(self.get(run), self.attempts(run))
+
+    def attempts(self, run: str) -> list[AttemptRecord]:
+        """The latest, the oldest first."""
+        said = self._ask(["oslo", "why", LOCAL_SCHEME + run, "-o", "json"])
+        with _of_this_version(said):
+            return [_record(attempt) for attempt in json.loads(said)["attempts"]]
+
     def config(self, run: str) -> RunConfig:
         return run_config.load(self._ask(["cat", f"{_RUNS}/{run}/{contract.CONFIG_FILE}"]))
 
@@ -150,6 +172,14 @@ class ClusterHistory:
                 f"`{' '.join(command)}` in {self._helper.name} ended with {code}: {channel.stderr.strip()}"
             )
         return b"".join(parts).decode(errors="replace")
+
+
+def _record(said: dict[str, Any]) -> AttemptRecord:
+    known = {field.name for field in fields(AttemptRecord)}
+    return AttemptRecord(
+        **{key: value for key, value in said.items() if key in known}
+        | {"words": [Word(word["who"], word["cause"], word["message"], word["time"]) for word in said["words"]]}
+    )
 
 
 @contextmanager

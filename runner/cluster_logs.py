@@ -14,11 +14,11 @@ from opensloth.contract import EVENT_PREFIX
 from opensloth.event_lines import render_event
 from opensloth.pod_log import PodLine, launcher_rank, parse_line
 from runner.backend import LogLine, LogQuery, Waiting
-from runner.cluster_status import Manifest, has_started, node_of
 from runner.errors import ClusterError, UnreachableError
 from runner.event_log import event_of
 from runner.kube.api import PODS, Cluster
 from runner.kube.errors import MissingError, RefusedError, UnavailableError
+from runner.pod_facts import Manifest, has_started, node_of
 
 _RETRY_SECONDS: Final = 1.0
 _LAST_TRIES: Final = 5

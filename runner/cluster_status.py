@@ -5,9 +5,8 @@ Conditions of a PyTorchJob are read by status, not by order: after a resume the 
 
 from __future__ import annotations
 
-import datetime as dt
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from opensloth.contract import EXIT_CODE_OF_CAUSE, Cause
 from opensloth.pod_log import PodLine, parse_end
 from runner.backend import CLUSTER_SCHEME, RunStatus, State
 from runner.event_log import Event, event_of
-from runner.pod import CONTAINER
+from runner.pod_facts import Manifest, Wait, container_status, seconds, wait_of
 from runner.pytorchjob import QUEUE_LABEL
 from runner.spec import OWN_PREFIX, SHARED_MOUNT
 from runner.status import has_trained, progress, reason_to_wait
@@ -24,19 +23,25 @@ from runner.status import has_trained, progress, reason_to_wait
 CANCELLED_ANNOTATION: Final = f"{OWN_PREFIX}cancelled"
 """On a job that `oslo cancel` has suspended (a queue suspends jobs as well): how far it was, as JSON."""
 _REMEMBERED: Final = ("step", "total_steps", "epoch", "loss", "eval_loss", "attempt")
-INDEX_LABEL: Final = "training.kubeflow.org/replica-index"
-TYPE_LABEL: Final = "training.kubeflow.org/replica-type"
-_STUCK_SECONDS: Final = 60
-"""A pod that is still there so long after its grace period will not leave by itself."""
-Manifest = Mapping[str, Any]
+_CANCELLING: Final = Wait("is being cancelled: the ranks save a checkpoint and leave", trouble=False)
+_NO_OPERATOR: Final = "does it run? `kubectl -n kubeflow get deployment training-operator`"
+_NOT_CREATED: Final = (
+    ("exceeded quota", "the namespace's quota is used up: `oslo list` says by which runs. "),
+    ("violates PodSecurity", 'the operator\'s init container must pass it too: k8s/README.md, "Why `operator`". '),
+    ("error looking up service account", "make the account, or name another in job.service_account. "),
+    ("no PriorityClass", "job.priority_class names none of the cluster's. "),
+)
+"""What the API server says -> what to do."""
+_AGAIN: Final = "The operator tries again by itself, less and less often"
 
 
 @dataclass(frozen=True)
 class JobFacts:
     """What was read of one job.
 
-    pods: its own, by name. lines: the last of the master's log. incidents: events about the job, oldest first.
-    now: seconds since the epoch. workload: Kueue's, of a job that waits in its queue.
+    pods: its own, by name. lines: the last of the master's log. incidents: events about the job, and about its pods
+    if they were asked for, oldest first. now: seconds since the epoch. workload: Kueue's, of a job that waits in its
+    queue.
     """
 
     job: Manifest
@@ -51,7 +56,7 @@ def derive(facts: JobFacts) -> RunStatus:
     job = facts.job
     meta, labels = job["metadata"], job["metadata"].get("labels", {})
     events = [event for line in facts.lines if (event := event_of(line.text))]
-    state, reason = _state(facts, events)
+    state, waits = _state(facts, events)
     ending = _ending(facts, state)
     finished = _condition_time(job, "Succeeded") or _condition_time(job, "Failed")
     folder = f"{SHARED_MOUNT}/{contract.RUNS_DIR}/{meta['name']}"
@@ -62,10 +67,10 @@ def derive(facts: JobFacts) -> RunStatus:
         state=state,
         **_progress(facts, state, events),
         cause=ending.get("cause"),
-        reason=ending.get("message") or reason,
-        hint=ending.get("hint") or None,
+        reason=ending.get("message") or (waits.text if waits else None),
+        hint=ending.get("hint") or (waits.hint if waits else None) or None,
         exit_code=ending.get("exit_code"),
-        started=_seconds(meta.get("creationTimestamp")),
+        started=seconds(meta.get("creationTimestamp")),
         ended=finished if state.is_over else None,
         folder=folder,
         final=f"{folder}/{contract.FINAL_DIR}" if state is State.SUCCEEDED else None,
@@ -124,16 +129,9 @@ def wanted_pods(job: Manifest) -> int:
     return sum(int(replica["replicas"]) for replica in job["spec"]["pytorchReplicaSpecs"].values())
 
 
-def node_of(pod: Manifest) -> int:
-    """0: the master; worker i is node i + 1."""
-    labels = pod["metadata"]["labels"]
-    return 0 if labels[TYPE_LABEL] == "master" else int(labels[INDEX_LABEL]) + 1
-
-
-def has_started(pod: Manifest) -> bool:
-    """Whether the container runs or has run, so that there is a log."""
-    status = _container(pod)
-    return status is not None and ("running" in status["state"] or "terminated" in status["state"])
+def creation_hint(failure: str) -> str:
+    """What to do about one of creation_failures."""
+    return next((hint for said, hint in _NOT_CREATED if said in failure), "") + _AGAIN
 
 
 def creation_failures(incidents: Sequence[Manifest]) -> list[str]:
@@ -142,40 +140,36 @@ def creation_failures(incidents: Sequence[Manifest]) -> list[str]:
     return list(dict.fromkeys(" ".join(text.split()) for text in said))
 
 
-def waits_of_pod(pod: Manifest, now: float) -> str | None:
-    """What a pod waits for; None when it runs."""
-    return next((text for _, text in _pod_waits(pod, now)), None)
-
-
 # --- the state --------------------------------------------------------------------------------------
 
 
-def _state(facts: JobFacts, events: Sequence[Event]) -> tuple[State, str | None]:
-    """The state, and while the run is not over what it waits for."""
+def _state(facts: JobFacts, events: Sequence[Event]) -> tuple[State, Wait | None]:
+    """The state, and while the run is not over what it waits for or does."""
     job = facts.job
     if job["metadata"].get("deletionTimestamp"):
-        return State.CANCELLED, "its object is being deleted"
+        return State.CANCELLED, Wait("its object is being deleted")
     if is_true(job, "Failed"):
         return State.FAILED, None
     if is_true(job, "Succeeded"):
         return State.SUCCEEDED, None
     if is_suspended(job):
         return _suspended(facts)
-    waits = next(_waits(facts), None)
-    if waits is not None:
-        return State.PENDING, waits
+    waits = _waits(facts)
+    if waits:
+        return State.PENDING, waits[0]
     state = State.RUNNING if has_trained(events) else State.PREPARING
-    return state, reason_to_wait(state, events)
+    doing = reason_to_wait(state, events)
+    return state, Wait(doing) if doing else None
 
 
-def _suspended(facts: JobFacts) -> tuple[State, str | None]:
+def _suspended(facts: JobFacts) -> tuple[State, Wait | None]:
     if is_cancelled(facts.job):
         if facts.pods:
-            stuck = (text for pod in facts.pods for trouble, text in _pod_waits(pod, facts.now) if trouble)
-            return State.RUNNING, next(stuck, "is being cancelled: the ranks save a checkpoint and leave")
+            stuck = [wait for wait in _pod_waits(facts) if wait.trouble]
+            return State.RUNNING, next(iter(stuck), _CANCELLING)
         return State.CANCELLED, None
     queue = facts.job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-    return State.PENDING, _queueing(queue, facts.workload) if queue else "is suspended (spec.runPolicy.suspend)"
+    return State.PENDING, Wait(_queueing(queue, facts.workload) if queue else "is suspended (spec.runPolicy.suspend)")
 
 
 def _queueing(queue: str, workload: Manifest | None) -> str:
@@ -197,44 +191,23 @@ def _queueing(queue: str, workload: Manifest | None) -> str:
     return f"{after}waits in the queue {queue}: {lacks}".rstrip(": ")
 
 
-def _waits(facts: JobFacts) -> Iterator[str]:
-    """What pods wait for; those with something wrong first."""
-    texts = [(trouble, text) for pod in facts.pods for trouble, text in _pod_waits(pod, facts.now)]
-    failures = creation_failures(facts.incidents)
-    wanted = wanted_pods(facts.job)
+def _waits(facts: JobFacts) -> list[Wait]:
+    """What the run waits for; what is wrong first."""
+    waits, wanted = _pod_waits(facts), wanted_pods(facts.job)
     if len(facts.pods) < wanted:
-        why = f"{len(facts.pods)} of {wanted} pods are there"
+        why, failures = f"{len(facts.pods)} of {wanted} pods are there", creation_failures(facts.incidents)
         if failures:
-            texts.append((True, f"{why}: {failures[-1]}"))
+            waits.append(Wait(f"{why}: {failures[-1]}", creation_hint(failures[-1])))
         elif not _conditions(facts.job):
-            texts.append((False, "the training operator has not taken it up yet"))
+            waits.append(Wait("the training operator has not taken it up yet", _NO_OPERATOR, trouble=False))
         else:
-            texts.append((False, f"{why}: the training operator makes the others"))
-    yield from (text for _, text in sorted(texts, key=lambda pair: not pair[0]))
+            waits.append(Wait(f"{why}: the training operator makes the others", trouble=False))
+    return sorted(waits, key=lambda wait: not wait.trouble)
 
 
-def _pod_waits(pod: Manifest, now: float) -> Iterator[tuple[bool, str]]:
-    """(whether something is wrong, what it waits for)."""
-    name, status = pod["metadata"]["name"], pod.get("status", {})
-    deleted = _seconds(pod["metadata"].get("deletionTimestamp"))  # the end of its grace period
-    if deleted is not None:
-        if now - deleted > _STUCK_SECONDS:
-            yield True, f"{name} is stuck: it should have left {now - deleted:.0f} s ago"
-        else:
-            yield False, f"{name} is leaving"
-        return
-    for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            yield True, f"{name} cannot be scheduled: {condition.get('message', condition.get('reason'))}"
-            return
-    for container in (*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])):
-        waiting = container["state"].get("waiting")
-        if waiting and waiting.get("reason") not in ("ContainerCreating", "PodInitializing"):
-            yield True, f"{name}: {waiting.get('reason')}: {waiting.get('message', '')}".rstrip(": ")
-            return
-    if status.get("phase") == "Pending" or not has_started(pod):
-        initialising = any("running" in c["state"] for c in status.get("initContainerStatuses", []))
-        yield False, f"{name} {'waits for the master' if initialising else 'is starting'}"
+def _pod_waits(facts: JobFacts) -> list[Wait]:
+    waits = (wait_of(pod, facts.now, facts.incidents) for pod in facts.pods)
+    return [wait for wait in waits if wait]
 
 
 # --- how it ended -----------------------------------------------------------------------------------
@@ -258,7 +231,7 @@ def _ending(facts: JobFacts, state: State) -> dict[str, Any]:
 
 def _pod_end(pod: Manifest) -> dict[str, Any] | None:
     """How a pod's container failed; None when it did not."""
-    name, status = pod["metadata"]["name"], _container(pod)
+    name, status = pod["metadata"]["name"], container_status(pod)
     ended = status["state"].get("terminated") if status else None
     if ended is None or ended["exitCode"] == 0:
         if pod.get("status", {}).get("phase") != "Failed":
@@ -280,20 +253,10 @@ def _pod_end(pod: Manifest) -> dict[str, Any] | None:
     return {"cause": cause, "message": message, "exit_code": code, "time": time}
 
 
-def _container(pod: Manifest) -> Manifest | None:
-    statuses = pod.get("status", {}).get("containerStatuses", [])
-    return next((status for status in statuses if status["name"] == CONTAINER), None)
-
-
 def _conditions(job: Manifest) -> list[Manifest]:
     return job.get("status", {}).get("conditions") or []
 
 
 def _condition_time(job: Manifest, kind: str) -> float | None:
     found = next((c for c in _conditions(job) if c["type"] == kind and c["status"] == "True"), None)
-    return _seconds(found.get("lastTransitionTime")) if found else None
-
-
-def _seconds(timestamp: str | None) -> float | None:
-    """RFC 3339 -> seconds since the epoch."""
-    return dt.datetime.fromisoformat(timestamp).timestamp() if timestamp else None
+    return seconds(found.get("lastTransitionTime")) if found else None

@@ -10,12 +10,12 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Final
 
-from runner.cluster_status import waits_of_pod
 from runner.errors import ClusterError
 from runner.helper_pod import HELPER_LABEL, helper_pod
 from runner.kube.api import PODS, Cluster
 from runner.kube.errors import ForbiddenError, MissingError, RefusedError
 from runner.kube.exec import Channel, open_exec
+from runner.pod_facts import wait_of
 from runner.spec import SHARED_VOLUME
 
 START_SECONDS: Final = 600.0
@@ -30,9 +30,18 @@ _OVER: Final = ("Failed", "Succeeded")
 class Helper:
     """The pod, and commands run in it."""
 
-    def __init__(self, cluster: Cluster, pod_spec: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """pod_spec: of the training pods, whose image, claim and place the helper shares."""
-        self._cluster, self._say = cluster, say
+    def __init__(
+        self,
+        cluster: Cluster,
+        pod_spec: Mapping[str, Any],
+        say: Callable[[str], None],
+        start_seconds: float = START_SECONDS,
+    ) -> None:
+        """pod_spec: of the training pods, whose image, claim and place the helper shares.
+
+        start_seconds: how long it may take to start.
+        """
+        self._cluster, self._say, self._start_seconds = cluster, say, start_seconds
         self._shared = _shared_with(pod_spec)
         self.name = _new_name()
         self._before: Any = None
@@ -92,11 +101,11 @@ class Helper:
         begin, said = time.monotonic(), ""
         while True:
             pod = self._cluster.get(PODS, self.name)
-            phase, waits = pod["status"].get("phase"), waits_of_pod(pod, time.time())
+            phase, waits = pod["status"].get("phase"), _waits(pod)
             if phase == "Running":
                 return
             waited = time.monotonic() - begin
-            if phase in _OVER or waited > START_SECONDS:
+            if phase in _OVER or waited > self._start_seconds:
                 message = f"the helper pod {self.name} did not start: {waits or phase}"
                 raise ClusterError(message, "it needs the image and the claim of the training pods")
             if waits and waits != said and waited > _SAY_AFTER_SECONDS:
@@ -123,6 +132,11 @@ class Helper:
                 self._cluster.delete(PODS, self.name, grace_seconds=0)
         except ClusterError as error:
             self._say(f"warning: the helper pod {self.name} could not be deleted; it ends by itself: {error}")
+
+
+def _waits(pod: Mapping[str, Any]) -> str | None:
+    wait = wait_of(pod, time.time())
+    return wait.text if wait else None
 
 
 def _new_name() -> str:

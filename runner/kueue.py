@@ -6,8 +6,8 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any, Final
 
-from runner.cluster_status import Manifest
 from runner.kube.api import Cluster, Resource
+from runner.pod_facts import Manifest
 from runner.pytorchjob import QUEUE_LABEL
 
 GROUP: Final = "kueue.x-k8s.io"

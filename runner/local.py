@@ -20,7 +20,18 @@ from opensloth.contract import Cause
 from opensloth.files import create_json, read_json
 from opensloth.run_config import RunConfig
 from runner import log_files
-from runner.backend import LOCAL_SCHEME, LogLine, LogQuery, Outcome, RunStatus, State, Submission, Waiting, no_result
+from runner.backend import (
+    LOCAL_SCHEME,
+    Findings,
+    LogLine,
+    LogQuery,
+    Outcome,
+    RunStatus,
+    State,
+    Submission,
+    Waiting,
+    no_result,
+)
 from runner.errors import BusyError, LaunchError, NotFoundError
 from runner.identity import name_of
 from runner.process import descendants, is_alive
@@ -76,6 +87,10 @@ class LocalBackend:
 
     def get(self, run: str) -> RunStatus:
         return self._folder(run).status()
+
+    def findings(self, run: str) -> Findings:
+        folder = self._folder(run)
+        return Findings(folder.status(), folder.records())
 
     def config(self, run: str) -> RunConfig:
         return self._folder(run).config()

@@ -14,7 +14,8 @@ from opensloth import contract, run_config
 from opensloth.files import create_json, read_json, write_atomically
 from opensloth.process import identify_self
 from opensloth.run_config import RunConfig
-from runner.backend import RunStatus
+from runner.attempt_files import read_attempt
+from runner.backend import AttemptRecord, RunStatus
 from runner.errors import NotFoundError
 from runner.event_log import tail_events
 from runner.identity import name_of
@@ -26,6 +27,8 @@ LAUNCHER_OUTPUT: Final = "launcher.out"
 LOCK_FILE: Final = "submit.lock"
 _OUTPUT_BYTES: Final = 4096
 _POLL_SECONDS: Final = 0.05
+_TOLD_OF: Final = 8
+"""So many attempts `oslo why` looks at."""
 
 
 class RunFolder:
@@ -80,6 +83,10 @@ class RunFolder:
         # Read after the look at the process: one that just left has written its end by now.
         ended = read_json(folder / contract.ENDED_FILE)
         return AttemptFacts(number, started, ended, read_json(folder / contract.STOP_FILE), alive)
+
+    def records(self) -> list[AttemptRecord]:
+        """The latest attempts, the oldest first."""
+        return [read_attempt(self.attempt_folder(number)) for number in self.attempt_numbers()[-_TOLD_OF:]]
 
     # --- the whole run ----------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def _gone(run: RunFacts, last: AttemptFacts) -> tuple[State, Record]:
         "cause": Cause.KILLED,
         "message": f"the launcher (process {last.started['pid'] if last.started else '?'}) was killed: "
         "it is gone and left no word",
-        "hint": "kill -9, a reboot, or the machine ran out of memory (see `dmesg`)",
+        "hint": "if nobody killed it, the machine restarted or ran out of memory (see `dmesg`)",
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from opensloth.run_config import RunConfig
-from runner import compare, output
+from runner import compare, output, why
 from runner.backend import Backend, RunStatus, State
 from runner.commands import watching
 from runner.commands.common import cluster_options, confirm, job_argument, json_option, settings, yes_option
@@ -40,7 +40,7 @@ def status(job: str, watch: bool, as_json: bool) -> None:
     elif not watch:
         output.show(output.status_text(last, time.time()))
     if last.state is State.FAILED:
-        output.say(f"{watching.failure(last)}\n  {watching.next_step(last)}")
+        output.say(f"{why.sentence(last)}\n  {why.next_step(last)}")
 
 
 @click.command(name="list")
@@ -95,7 +95,7 @@ def cancel(job: str, force: bool, as_json: bool) -> None:
     backend, run = locate(job)
     backend.cancel(run, force=force)
     last = _wait(backend, run, None, goes_on="is still being cancelled")
-    output.say(f"{last.handle} is {last.state}\n  {watching.next_step(last)}")
+    output.say(f"{last.handle} is {last.state}\n  {why.next_step(last)}")
     if as_json:
         output.show_json(last.to_json())
 
@@ -208,7 +208,7 @@ def _wait(backend: Backend, run: str, timeout: float | None, goes_on: str = "goe
                 output.say(output.status_line(status))
                 said_state, said_at = status.state, time.monotonic()
             if end is not None and time.monotonic() >= end:
-                message = f"{status.handle} is still {status.state} after {timeout:.0f} s"
+                message = f"gave up after {timeout:.0f} s: {why.sentence(status)}"
                 raise WaitTimeoutError(message, f"it goes on: oslo logs -f {status.handle}")
             time.sleep(backend.poll_seconds)
             left = OUTAGE_SECONDS if end is None else min(OUTAGE_SECONDS, end - time.monotonic())

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from opensloth.files import read_json
-from runner import output
+from runner import output, why
 from runner.backend import CLUSTER_SCHEME, Backend, LogLine, LogQuery, RunStatus, State, Waiting
 from runner.errors import Interrupted, JobCancelledError, JobFailedError, NotFoundError
 from runner.patience import OUTAGE_SECONDS, patiently
@@ -91,26 +91,14 @@ def report_end(status: RunStatus) -> None:
     Raises JobFailedError or JobCancelledError with the cause and the next command when there is none.
     """
     if status.state is State.FAILED:
-        raise JobFailedError(failure(status), next_step(status))
+        raise JobFailedError(why.sentence(status), why.next_step(status))
     if status.state is State.CANCELLED:
-        raise JobCancelledError(f"{status.handle} was cancelled", next_step(status))
+        raise JobCancelledError(why.sentence(status), why.next_step(status))
     output.say(f"succeeded: {status.final or status.folder}")
     if status.handle.startswith(CLUSTER_SCHEME):
         output.say(f"  oslo pull {status.handle}   copies the result here, and says how to use it")
     elif status.final:
         output.say("\n" + usage(Path(status.final)))
-
-
-def failure(status: RunStatus) -> str:
-    """The first cause as one sentence."""
-    return f"{status.handle} failed ({status.cause}): {status.reason or 'no reason was given'}"
-
-
-def next_step(status: RunStatus) -> str:
-    """The hint of who failed, and the command that comes next."""
-    resume = f"oslo resume {status.handle}   goes on from the last checkpoint"
-    command = f"oslo logs {status.handle}   shows the log" if status.state is State.FAILED else resume
-    return f"{status.hint}\n  {command}" if status.hint else command
 
 
 def base_elsewhere(final: Path) -> str | None:

@@ -142,6 +142,9 @@ class NoHistory:
     def delete(self, *_: object, **__: object) -> None:
         raise self.error
 
+    def attempts(self, *_: object) -> list[Any]:
+        raise self.error
+
 
 @pytest.fixture
 def no_history(monkeypatch: pytest.MonkeyPatch) -> type[NoHistory]:
@@ -173,6 +176,41 @@ def test_what_pods_are_left_say_it_when_the_volume_cannot(
     monkeypatch.setattr(cluster_module.cluster_logs, "read", lambda *_: iter(["left"]))
     assert list(backend(objects).logs(RUN, LogQuery())) == ["left"]
     assert said == ["warning: only the logs of pods that are left: the helper pod did not start: exceeded quota"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (NotFoundError("there is no run"), []),
+        (
+            ClusterError("the helper pod did not start"),
+            ["warning: the run's folder on the volume was not read: the helper pod did not start"],
+        ),
+    ],
+)
+def test_why_is_told_without_the_volume_if_it_must(
+    backend: Callable[[Objects], KubernetesBackend],
+    no_history: type[NoHistory],
+    said: list[str],
+    error: Exception,
+    says: list[str],
+) -> None:
+    no_history.error = error
+    findings = backend(Objects(job("old", "Failed"))).findings(RUN)
+    assert (findings.status.state, findings.attempts) == ("failed", [])
+    assert said == says
+
+
+def test_why_of_a_run_that_waits_reads_no_volume(
+    backend: Callable[[Objects], KubernetesBackend], no_history: type[NoHistory], said: list[str]
+) -> None:
+    no_history.error = AssertionError("no helper pod is needed")
+    objects = Objects(job("old", "Created"))
+    about = {"kind": "PyTorchJob", "name": RUN}
+    objects.events = [{"reason": "FailedCreatePod", "message": "exceeded quota: few", "involvedObject": about}]
+    findings = backend(objects).findings(RUN)
+    assert findings.status.reason == "0 of 1 pods are there: exceeded quota: few"
+    assert said == []
 
 
 def test_a_warning_is_said_once(backend: Callable[[Objects], KubernetesBackend], said: list[str]) -> None:

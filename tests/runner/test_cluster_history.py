@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from runner.backend import LogQuery
+from runner import why
+from runner.backend import AttemptRecord, Findings, LogQuery, RunStatus, State, Word
 from runner.channel import LostError
 from runner.cluster_history import ClusterHistory
 from runner.errors import ClusterError
@@ -52,6 +54,7 @@ def history(commands: Commands) -> ClusterHistory:
         lambda subject: subject.runs(),
         lambda subject: subject.get("x-0123abcd"),
         lambda subject: list(subject.logs("x-0123abcd", LogQuery())),
+        lambda subject: subject.attempts("x-0123abcd"),
     ],
 )
 def test_an_image_of_another_version(ask: Callable[[ClusterHistory], Any], said: bytes) -> None:
@@ -68,3 +71,13 @@ def test_a_command_that_says_no_more(fault: Exception | None) -> None:
     with pytest.raises(LostError, match=re.escape("was lost" if fault else "has said nothing for 120 s")):
         history(commands).runs()
     assert commands.closed == 1
+
+
+def test_attempts_come_as_the_image_tells_them() -> None:
+    """Also keys that only a newer image knows are passed over."""
+    word = Word("rank 1", "data", "row 7", 3.0)
+    attempts = [AttemptRecord(1, message="lost"), AttemptRecord(2, "data", "row 7", 2.0, 4.0, 20, [word])]
+    findings = Findings(RunStatus("x-0123abcd", "local://x-0123abcd", "x", State.FAILED), attempts)
+    told = json.loads(json.dumps(why.explain(findings).to_json()))
+    told["attempts"][0]["of_a_newer_version"] = told["attempts"][1]["words"][0]["of_a_newer_version"] = 1
+    assert history(Commands(json.dumps(told).encode())).attempts("x-0123abcd") == attempts

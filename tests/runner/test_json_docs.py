@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 from golden import assert_golden
 
 from opensloth.arithmetic import step_plan
 from opensloth.opensloth_config import TrainingArguments
 from opensloth.run_config import check
-from runner import backend
-from runner.backend import LogLine, Outcome, RunStatus, State
+from runner import backend, why
+from runner.backend import LogLine, Outcome, State
 from runner.output import log_json
 from runner.plan import BuiltData, build_plan
 from runner.schema import field_docstrings
@@ -54,9 +55,10 @@ LOG = {
 
 
 def as_markdown() -> str:
-    docs = field_docstrings(backend)
-    status = {name: docs.get(("RunStatus", name), "").replace("\n", " ") for name in RunStatus.__dataclass_fields__}
+    status = _fields_of(backend, "RunStatus")
     status["state"] = ", ".join(State)
+    reasons = _fields_of(why, "Why") | {"state": "as in `status`", "run": status["run"], "handle": status["handle"]}
+    attempt = _fields_of(backend, "AttemptRecord") | {"number": "from 1"}
     lines = [
         "# `-o json`",
         "",
@@ -70,6 +72,14 @@ def as_markdown() -> str:
         "",
         f"`submit` adds `outcome`: {', '.join(Outcome)}. `list --name` adds `differs`: the keys of the config that are",
         "not the same in all runs of that name, with this run's values.",
+        "",
+        "## `why`",
+        "",
+        *_table(reasons),
+        "",
+        "An attempt:",
+        "",
+        *_table(attempt),
         "",
         "## `logs`, a line",
         "",
@@ -98,6 +108,14 @@ def as_markdown() -> str:
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _fields_of(module: ModuleType, name: str) -> dict[str, str]:
+    """field -> its docstring in one line."""
+    docs = field_docstrings(module)
+    return {
+        field: docs.get((name, field), "").replace("\n", " ") for field in getattr(module, name).__dataclass_fields__
+    }
 
 
 def _table(rows: dict[str, str], head: str = "key") -> list[str]:
