@@ -8,7 +8,9 @@ The folder is filled under another name, synced and renamed.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from opensloth.contract import CHECKPOINT_PREFIX
-from opensloth.dist import World, barrier
+from opensloth.dist import World, barrier, sum_over_ranks
 from opensloth.files import read_json, sync_folder, sync_tree, write_json
 from opensloth.fingerprint import file_sha256
 
@@ -59,26 +61,42 @@ class Checkpoints:
         final = self._folder / f"{PREFIX}{state.step:08d}"
         if self._saved == final:
             return final  # asked to stop right after a periodic checkpoint
-        aside = self._folder / f".{final.name}.tmp"
-        if self._world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        barrier(self._world)
-        if tensors is not None:
-            torch.save(random_state(self._world.device), aside / RANDOM_STATE.format(rank=self._world.rank))
-        barrier(self._world)
-        if self._world.is_main:
-            write_model(aside)
+        aside = self._make_aside(final.name)
+        try:
             if tensors is not None:
-                torch.save(tensors, aside / OPTIMIZER)
-            self._publish(aside, final, state)
+                _save(random_state(self._world.device), aside / RANDOM_STATE.format(rank=self._world.rank))
+            barrier(self._world)
+            if self._world.is_main:
+                write_model(aside)
+                if tensors is not None:
+                    _save(tensors, aside / OPTIMIZER)
+                self._publish(aside, final, state)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # on a full volume this makes room for saying so
+            raise
+        if self._world.is_main:
             self._prune(state.step)
         barrier(self._world)
         self._saved = final
         return final
 
+    def _make_aside(self, name: str) -> Path:
+        """A folder that was never there before, the same on every rank: NFS keeps of an older one what is read."""
+        token = secrets.randbits(32) if self._world.is_main else 0
+        if self._world.is_main:
+            (self._folder / _aside_name(name, token)).mkdir(parents=True)
+        return self._folder / _aside_name(name, int(sum_over_ranks([float(token)], self._world)[0]))
+
     def newest(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is whole and resumable; `warn` hears of those that are not."""
+        """The newest checkpoint that is whole and resumable; `warn` hears of those that are not.
+
+        Every rank calls this, and is told what rank 0 has found: they must go on from the same one.
+        """
+        found = self._newest_whole(warn) if self._world.is_main else None
+        nth = int(sum_over_ranks([float(1 + _step_of(found)) if found else 0.0], self._world)[0])
+        return self._folder / f"{PREFIX}{nth - 1:08d}" if nth else None
+
+    def _newest_whole(self, warn: Callable[[str], None]) -> Path | None:
         for folder in self._all():
             fault = fault_in(folder)
             if fault is None:
@@ -88,7 +106,8 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Newest first."""
-        return sorted((p for p in self._folder.glob(f"{PREFIX}*") if p.is_dir()), reverse=True)
+        named = (path for path in self._folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+        return sorted((path for path in named if path.is_dir()), reverse=True)
 
     def _publish(self, aside: Path, final: Path, state: CheckpointState) -> None:
         files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
@@ -98,7 +117,7 @@ class Checkpoints:
         sync_tree(aside)
         write_json(aside / MANIFEST, {**vars(state), "files": listed})
         self._fence()
-        replaced = final.with_name(f".{final.name}.replaced.tmp")
+        replaced = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.replaced.tmp")
         if final.exists():  # an earlier attempt got as far and was set back
             final.rename(replaced)
         aside.rename(final)
@@ -107,11 +126,25 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Keep the newest up to `step`; what is beyond it is of a training that was set back or started anew."""
-        behind = [folder for folder in self._all() if int(folder.name.removeprefix(PREFIX)) <= step]
+        behind = [folder for folder in self._all() if _step_of(folder) <= step]
         kept = behind[: self._keep]
         for folder in self._all():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)  # NFS keeps what somebody still reads: gone the next time
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def _aside_name(name: str, token: int) -> str:
+    return f".{name}.{token:08x}.tmp"
+
+
+def _save(tensors: Any, path: Path) -> None:
+    """By way of Python's file: torch's own hides why it could not be written."""
+    with path.open("wb") as stream:
+        torch.save(tensors, stream)
 
 
 def fault_in(folder: Path) -> str | None:

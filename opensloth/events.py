@@ -6,6 +6,7 @@ seconds, memory in bytes):
 
     phase       phase: data | model | train | done
     progress    phase, done, total (null: unknown), unit
+    check       check: packing, cosine, norm_ratio (of gradients, packed against alone), remembered, seconds
     note        level: info | warning, message
     plan        rows, documents, tokens, target_tokens, rows_per_step, steps_per_epoch, total_steps, ...
     resumed     step, checkpoint
@@ -51,6 +52,8 @@ class Events:
         self._say = say or _print
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if _is_torn(path):  # the volume was full, or the machine went away: what comes must not be lost with it
+            os.write(self._descriptor, b"\n")
 
     def emit(self, event: str, /, **fields: Any) -> None:
         """Write one event; numbers that are not finite become null."""
@@ -59,7 +62,7 @@ class Events:
         record |= {key: _finite(value) for key, value in fields.items()}
         self._seq += 1
         line = json.dumps(record, allow_nan=False, ensure_ascii=False)
-        os.write(self._descriptor, (line + "\n").encode())
+        _write_all(self._descriptor, (line + "\n").encode())
         self._say(render_event(record) if self._for_people else f"{EVENT_PREFIX}{line}")
 
     def note(self, message: str, level: str = "info") -> None:
@@ -83,6 +86,19 @@ class NullEvents(Events):
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether its last line has no end."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+        return stream.read() not in (b"", b"\n")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """One call, but on a volume that is nearly full; there the next one says why."""
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _print(line: str) -> None:

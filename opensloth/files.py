@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,21 @@ MAKE_ROOM: Final = "free some (oslo delete RUN --files) and submit again: it goe
 def may_pass(error: BaseException) -> bool:
     """Whether it is a fault of a volume (its server or the network to it) that another try may not meet."""
     return isinstance(error, OSError) and error.errno in _MAY_PASS
+
+
+def fault_of_volume(error: BaseException | None) -> OSError | None:
+    """What a volume refused (no room) or failed in (may_pass), of an error or behind that of a library.
+
+    torch raises an error of its own while it handles Python's; what is written in Rust (safetensors, tokenizers) names
+    the number only.
+    """
+    while error is not None:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        found = OSError(int(said[1]), os.strerror(int(said[1]))) if said else error
+        if isinstance(found, OSError) and (found.errno in NO_ROOM or may_pass(found)):
+            return found
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -26,7 +27,7 @@ from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.dist import World, barrier, join_world, leave_world
 from opensloth.errors import OpenSlothError
 from opensloth.events import Events, NullEvents
-from opensloth.files import MAKE_ROOM, NO_ROOM, may_pass, sync_tree, write_json
+from opensloth.files import MAKE_ROOM, fault_of_volume, may_pass, sync_tree, write_json
 from opensloth.model import load_model, published_dtype
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.orders import Orders
@@ -143,8 +144,12 @@ def _publish(
     """
     final, aside = place.final, run / f".{contract.FINAL_DIR}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_model(aside, _saved_dtype(config))
-    sync_tree(aside)
+    try:
+        trainer.save_model(aside, _saved_dtype(config))
+        sync_tree(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full volume this makes room for saying so
+        raise
     place.orders.fence()
     replaced = run / f".{contract.FINAL_DIR}.{uuid.uuid4().hex[:8]}.replaced.tmp"
     if final.exists():
@@ -190,10 +195,11 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
             hint,
         )
-    if may_pass(error):
-        return Cause.VOLUME, f"the volume failed ({error})", ""
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return Cause.CONFIG, f"no room is left on the volume ({error})", MAKE_ROOM
+    fault = fault_of_volume(error)
+    if fault is not None and may_pass(fault):
+        return Cause.VOLUME, f"the volume failed ({fault})", ""
+    if fault is not None:
+        return Cause.CONFIG, f"no room is left on the volume ({fault})", MAKE_ROOM
     text = f"{type(error).__name__}: {error}"
     lost = (
         "Connection closed by peer",
@@ -231,12 +237,14 @@ def main() -> int:
         run_rank(run, attempt, Pulse(Path(os.environ[contract.PULSE_DIR_ENV]), rank))
     except Exception as error:  # the boundary: everything is classified, nothing is swallowed
         cause, message, hint = _cause_of(error)
-        if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY, Cause.VOLUME):
-            traceback.print_exc()
-        else:
-            print(error, file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):  # the volume may be full, or gone
+            if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY, Cause.VOLUME):
+                traceback.print_exc()
+            else:
+                print(f"{message}\n  {hint}" if hint else message, file=sys.stderr)  # noqa: T201
     outcome = {"cause": cause, "message": message, "hint": hint, "time": time.time()}
-    write_json(folder / contract.RANK_OUTCOME.format(rank=rank), outcome)
+    with contextlib.suppress(OSError):
+        write_json(folder / contract.RANK_OUTCOME.format(rank=rank), outcome)
     if cause == Cause.SUCCEEDED:
         leave_world()
     return int(contract.EXIT_CODE_OF_CAUSE[cause])

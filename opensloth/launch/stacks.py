@@ -113,7 +113,7 @@ def hung_ending(attempt: Attempt) -> Ending:
             if culprits
             else f"all {waiting} ranks that were heard of wait for others"
         )
-    head = f"no progress for {human_duration(said.get('seconds', 0.0))} in {said.get('doing', 'an unknown place')}"
+    head = f"no progress for {human_duration(said.get('seconds', 0.0))} at {said.get('doing', 'an unknown place')}"
     return Ending(
         Cause.HUNG,
         f"{head}: {'; '.join(told) or 'no rank could be looked at'}",

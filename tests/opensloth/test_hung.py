@@ -1,10 +1,9 @@
-"""A rank that makes no progress is noticed; the stacks of all ranks are saved, and the run can go on. About 2 min."""
+"""A rank that makes no progress is noticed; the stacks of all ranks are saved, and the run can go on. About 3 min."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from launched import Pods, Run, with_faults
 from measured import at_most
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(240)]
-HUNG_SECONDS = 4
+HUNG_SECONDS = 10
+"""Six times as much for the start, which a busy machine needs."""
 NOTICED = "seconds to notice a hung rank, above the limit"
 MakePods = Callable[..., Pods]
 
@@ -56,7 +56,7 @@ def test_a_hung_rank_is_named_with_its_place(tmp_path: Path, model: Path, how: s
     assert run.finish() == 143, run.said()
     ended = run.attempt("ended.json")
     assert ended["cause"] == "hung", ended
-    assert "in step 8: rank 1 stands at faults/sitecustomize.py:" in ended["message"]
+    assert "at step 8: rank 1 stands at faults/sitecustomize.py:" in ended["message"]
     assert "in stand_still, called at opensloth/trainer.py:" in ended["message"]
     assert ended["message"].endswith("; 1 other waits for it")
     at_most(NOTICED, seconds_after_last_step(run) - HUNG_SECONDS, 10)
@@ -75,7 +75,7 @@ def test_a_rank_that_waits_for_a_file_for_ever_costs_the_steps_since_the_checkpo
     run = Run(tmp_path / "hung", model, max_steps=12)
     run.env = hanging("a pipe that nobody writes to", rank=0)
     assert run.finish() == 143, run.said()
-    assert "in step 8: rank 0 stands at faults/sitecustomize.py:" in run.attempt("ended.json")["message"]
+    assert "at step 8: rank 0 stands at faults/sitecustomize.py:" in run.attempt("ended.json")["message"]
     assert run.finish() == 0, run.said()
     assert [event["step"] for event in run.events() if event["event"] == "resumed"] == [5]
     expected = whole.weights()
@@ -93,16 +93,6 @@ def test_a_rank_that_was_stopped_is_named(tmp_path: Path, model: Path) -> None:
     assert ended["cause"] == "hung"
     assert "was stopped by a signal and stands at " in ended["message"]
     assert run.ranks() == []
-
-
-def test_a_rank_alone_that_hangs_in_its_first_step_is_noticed(tmp_path: Path, model: Path) -> None:
-    """Such a step may compile: it has longer."""
-    run = Run(tmp_path, model, max_steps=3)
-    run.env = hanging("a lock", rank=0, step=1) | {"OSLO_HUNG_SECONDS": "1"}
-    begin = time.monotonic()
-    assert run.finish() == 143, run.said()
-    assert time.monotonic() - begin > 6
-    assert "in step 1: rank 0 stands at " in run.attempt("ended.json")["message"]
 
 
 def test_on_two_nodes_the_stacks_of_both_are_saved_and_both_end(pods: MakePods) -> None:
@@ -123,11 +113,11 @@ def test_on_two_nodes_the_stacks_of_both_are_saved_and_both_end(pods: MakePods) 
 
 def test_a_slow_checkpoint_is_not_taken_for_a_hang(tmp_path: Path, model: Path) -> None:
     run = Run(tmp_path, model, devices=2, max_steps=8)
-    run.env = {"OSLO_HUNG_SECONDS": str(HUNG_SECONDS)} | with_faults(save_seconds=3 * HUNG_SECONDS)
+    run.env = {"OSLO_HUNG_SECONDS": str(HUNG_SECONDS)} | with_faults(save_seconds=2 * HUNG_SECONDS)
     assert run.finish() == 0, run.said()
     saved = [event for event in run.events() if event["event"] == "checkpoint"]
     assert [event["step"] for event in saved] == [5]
-    assert saved[0]["seconds"] > 3 * HUNG_SECONDS
+    assert saved[0]["seconds"] > 2 * HUNG_SECONDS
 
 
 def test_hung_again_and_again_spends_the_budget(pods: MakePods) -> None:

@@ -119,7 +119,7 @@ STANDS = """Thread 0x00007f02 (most recent call first):
     [
         (
             [("S", WAITS), ("S", STANDS)],
-            "no progress for 11m00s in step 4: rank 1 stands at python3.11/threading.py:331 in wait, called at "
+            "no progress for 11m00s at step 4: rank 1 stands at python3.11/threading.py:331 in wait, called at "
             "opensloth/orders.py:44 in cause; 1 other waits for it",
         ),
         ([("T", WAITS), ("S", WAITS), ("S", WAITS)], "rank 0 was stopped by a signal and stands at "),
