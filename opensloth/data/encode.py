@@ -1,13 +1,20 @@
-"""From rendered text and target spans to ids and labels: one tokenisation of the whole text, by offsets."""
+"""From rendered text and target spans to ids and labels: one tokenisation of the whole text.
+
+Which tokens a span covers is told by the tokens' own bytes where they spell the text, else by the offsets of the
+tokenizer. Both give the same labels.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from opensloth.data.byte_tokens import ByteTokens, byte_span
 from opensloth.data.documents import IGNORE, Document, Int32Array
 from opensloth.data.examples import Segments
 from opensloth.data.rows import RowProblem
@@ -43,6 +50,7 @@ class Encoder:
         self._backend.post_processor = None
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._byte_tokens = ByteTokens.of(self._backend)
         self._eos_id: int | None = tokenizer.eos_token_id
         self._eos_text = str(tokenizer.eos_token) if tokenizer.eos_token else None
         self._before = _ids_before(plain, self._backend.encode("a").ids)
@@ -78,19 +86,24 @@ class Encoder:
 
     def tokenise(self, batch: Sequence[Rendered]) -> list[Any]:
         """The encodings of a batch, None where a text cannot be encoded. Runs without Python's lock."""
+        encode_batch = self._backend.encode_batch_fast if self._byte_tokens else self._backend.encode_batch
         try:
-            return list(self._backend.encode_batch([item.text for item in batch], add_special_tokens=False))
+            return list(encode_batch([item.text for item in batch], add_special_tokens=False))
         except (UnicodeEncodeError, TypeError):  # one text cannot be encoded: find out which
             return [self._encode_alone(item) for item in batch]
 
     def documents(self, batch: Sequence[Rendered], encodings: Sequence[Any]) -> list[Document | RowProblem]:
-        """encodings: what `tokenise` returned for `batch`."""
-        return [
-            RowProblem("contains half a surrogate pair, which is not text")
-            if encoding is None
-            else self._document(item, encoding)
-            for item, encoding in zip(batch, encodings, strict=True)
-        ]
+        """encodings: what `tokenise` returned for `batch`. Documents may be views of one array for the batch."""
+        spelled = [self._spelled(item, encoding) for item, encoding in zip(batch, encodings, strict=True)]
+        by_bytes = iter(self._by_bytes([one for one in spelled if one is not None]))
+        found: list[Document | RowProblem] = []
+        for item, encoding, one in zip(batch, encodings, spelled, strict=True):
+            if encoding is None:
+                found.append(RowProblem("contains half a surrogate pair, which is not text"))
+                continue
+            document = self._by_offsets(item, encoding) if one is None else next(by_bytes)
+            found.append(self._with_ends(item, document) if item.bos or item.eos else document)
+        return found
 
     def _encode_alone(self, item: Rendered) -> Any:
         try:
@@ -99,17 +112,54 @@ class Encoder:
             return None
         return self._backend.encode(item.text, add_special_tokens=False)
 
-    def _document(self, item: Rendered, encoding: Any) -> Document:
+    def _spelled(self, item: Rendered, encoding: Any) -> _Spelled | None:
+        """None where the bytes of the tokens are not those of the text, or nobody knows them."""
+        if self._byte_tokens is None or encoding is None:
+            return None
+        ids, text = encoding.ids, item.text.encode()
+        if not self._byte_tokens.spell(ids, text):
+            return None
+        return _Spelled(ids, [byte_span(item.text, span) for span in item.spans if span[0] < span[1]], len(text))
+
+    def _by_bytes(self, texts: list[_Spelled]) -> list[Document]:
+        """All texts at once: what is done for each one alone takes longer than the tokens themselves."""
+        if self._byte_tokens is None or not texts:
+            return []
+        ids = np.fromiter(itertools.chain.from_iterable(one.ids for one in texts), dtype=np.int32)
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        starts = itertools.accumulate((one.length for one in texts), initial=0)
+        spans = [(at + begin, at + end) for one, at in zip(texts, starts, strict=False) for begin, end in one.spans]
+        for begin, end in self._byte_tokens.overlapping(ids, spans):
+            labels[begin:end] = ids[begin:end]
+        edges = itertools.pairwise(itertools.accumulate((len(one.ids) for one in texts), initial=0))
+        return [Document(ids[begin:end], labels[begin:end]) for begin, end in edges]
+
+    def _by_offsets(self, item: Rendered, encoding: Any) -> Document:
+        if self._byte_tokens is not None:  # encoded without offsets
+            encoding = self._backend.encode(item.text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         for span in item.spans:
             begin, end = tokens_of(encoding, span, len(item.text))
             labels[begin:end] = ids[begin:end]
+        return Document(ids, labels)
+
+    def _with_ends(self, item: Rendered, document: Document) -> Document:
+        ids, labels = document
         if item.bos and self._before:
             ids, labels = _joined(self._before, ids), _joined([IGNORE] * len(self._before), labels)
         if item.eos and self._eos_id is not None:
             ids, labels = _joined(ids, [self._eos_id]), _joined(labels, [self._eos_id])
         return Document(ids, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelled:
+    """A text that its tokens spell. ids: the tokens. spans: the target stretches in bytes. length: in bytes."""
+
+    ids: list[int]
+    spans: list[Span]
+    length: int
 
 
 def tokens_of(encoding: Any, span: Span, length: int) -> tuple[int, int]:
@@ -139,7 +189,7 @@ def _tokens_of_slowly(offsets: Sequence[Span], span: Span) -> tuple[int, int]:
     return (int(overlapping[0]), int(overlapping[-1]) + 1) if len(overlapping) else (0, 0)
 
 
-def _joined(one: Sequence[int] | Int32Array, other: Sequence[int] | Int32Array) -> Int32Array:
+def _joined(one: npt.ArrayLike, other: npt.ArrayLike) -> Int32Array:
     return np.concatenate((np.asarray(one, dtype=np.int32), np.asarray(other, dtype=np.int32)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ Notes = Callable[[str, str], None]
 """(level, message): says something to the user; level is info or warning."""
 
 BATCH_ROWS = 512
+BATCH_CHARACTERS = 1 << 20
+"""A batch ends with the row that reaches this: an encoding takes a hundred times the memory of its text."""
+
+BATCHES_AHEAD = 3
+"""Batches that are being tokenised, or wait for it, while another is rendered."""
+
 DETECTION_ROWS = 64
 SHOWN_BAD_ROWS = 5
 _MAY_BE_UNSEEN = ("reasoning_content", "tool_calls")
@@ -112,18 +119,16 @@ class SourcePreparation:
         if not first:
             raise DataError(f"{self.source.name}: no rows in it", "is this the right file?")
         parser = self._parser(first)
+        # Batches are tokenised in their order by another thread, which needs no Python, while this one renders.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: _Batch | None = None
-            for batch in _batches(itertools.chain(first, rows), BATCH_ROWS):
-                rows_of_batch = self._render_batch(batch, parser)
-                texts = [item for _, item in rows_of_batch if isinstance(item, Rendered)]
-                # While the next batch is tokenised, on other threads, this one finishes the last.
-                submitted = _Batch(rows_of_batch, texts, pool.submit(self.target.encoder.tokenise, texts))
-                if waiting:
-                    yield from self._finish_batch(waiting)
-                waiting = submitted
-            if waiting:
-                yield from self._finish_batch(waiting)
+            waiting: deque[_Batch] = deque()
+            for batch in self._rendered_batches(itertools.chain(first, rows), parser):
+                texts = [item for _, item in batch if isinstance(item, Rendered)]
+                waiting.append(_Batch(batch, texts, pool.submit(self.target.encoder.tokenise, texts)))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield from self._finish_batch(waiting.popleft())
+            while waiting:
+                yield from self._finish_batch(waiting.popleft())
 
     def _limited_rows(self) -> Iterator[Row]:
         rows = self.source.rows()
@@ -145,17 +150,25 @@ class SourcePreparation:
         self.note("info", f"{self.source.name}: format {self.format} ({how})")
         return parser
 
-    def _render_batch(self, batch: list[Row], parser: Parser) -> list[tuple[Row, Rendered | Tokens]]:
-        rendered = []
-        for row in batch:
+    def _rendered_batches(self, rows: Iterator[Row], parser: Parser) -> Iterator[list[tuple[Row, Rendered | Tokens]]]:
+        batch: list[tuple[Row, Rendered | Tokens]] = []
+        characters = 0
+        for row in rows:
             self.counts.read += 1
             try:
                 if row.values is None:
                     raise RowProblem(row.problem)
-                rendered.append((row, self._render(parser, row)))
+                item = self._render(parser, row)
             except RowProblem as problem:
                 self._bad(row, problem)
-        return rendered
+                continue
+            batch.append((row, item))
+            characters += len(item.text) if isinstance(item, Rendered) else len(item.ids)
+            if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
 
     def _render(self, parser: Parser, row: Row) -> Rendered | Tokens:
         assert row.values is not None
@@ -247,8 +260,3 @@ class _Batch:
     rows: list[tuple[Row, Rendered | Tokens]]
     texts: list[Rendered]
     encodings: Future[list[Any]]
-
-
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch

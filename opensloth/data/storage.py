@@ -62,7 +62,7 @@ class DocumentWriter:
 
     def add(self, document: Document, targets: int, source: int) -> None:
         """targets: `document.targets`. source: the number of its dataset, whose weight counts."""
-        self._pending.append(document)
+        self._pending.append(Document(document.ids.copy(), document.labels.copy()))  # not views of whole batches
         self._pending_facts.append((targets, source))
         self._pending_tokens += len(document.ids)
         if self._pending_tokens >= TOKENS_PER_BATCH:
