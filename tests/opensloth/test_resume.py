@@ -1,0 +1,88 @@
+"""A resumed run is the uninterrupted one, at 1, 2 and 4 ranks and at another number of them. About two minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from measured import at_most
+from rank_scenarios import RESUMED, TOTAL, resumed, taken_over, together
+from train_rank import identical, of_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(400)]
+WORLDS = (1, 2, 4)
+INTERRUPTIONS = [*(f"stopped after {step}" for step in range(1, TOTAL)), "stopped after each", "killed in step 6"]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[Any]]]:
+    folder = tmp_path_factory.mktemp("resumed")
+    return folder, of_ranks(resumed, folder, WORLDS, seconds=300)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
+    everything: tuple[Path, dict[int, list[Any]]], interruption: str, case: str, world: int
+) -> None:
+    """Dropout on; a schedule with warm-up; evaluations and checkpoints in between; SIGTERM to one rank only.
+
+    Losses, rates, gradient norms and evaluations of every step, weights, and AdamW's moments.
+    """
+    for rank in everything[1][world]:
+        whole, found = (rank["interrupted"][case][part] for part in ("whole", interruption))
+        assert found["history"] == whole["history"]
+        assert identical(found["weights"], whole["weights"])
+        assert identical(found["moments"], whole["moments"])
+
+
+def test_those_runs_cross_epochs_and_are_evaluated(everything: tuple[Path, dict[int, list[Any]]]) -> None:
+    whole = everything[1][1][0]["interrupted"]["adapter"]["whole"]["history"]
+    steps = [entry for entry in whole if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, TOTAL + 1))
+    assert [entry["step"] for entry in whole if "eval_loss" in entry] == [2, 4, 6, 7]
+    assert steps[2]["epoch"] == 1
+    assert steps[-1]["epoch"] > 2
+    assert len({entry["learning_rate"] for entry in steps}) > 4
+
+
+def test_dropout_is_on_and_each_rank_has_its_own(everything: tuple[Path, dict[int, list[Any]]]) -> None:
+    """Else nothing above would tell whether random states are restored."""
+    found = everything[1]
+    runs = {world: found[world][0]["interrupted"]["full"]["whole"]["history"] for world in WORLDS}
+    losses = {world: [entry["loss"] for entry in run if "loss" in entry] for world, run in runs.items()}
+    still = [entry["loss"] for entry in found[1][0]["taken over"]["full"]["whole"]["history"] if "loss" in entry]
+    assert len({*(each[0] for each in losses.values()), still[0]}) == len(WORLDS) + 1
+
+
+@pytest.fixture(scope="module")
+def changes_of_ranks(everything: tuple[Path, dict[int, list[Any]]]) -> dict[str, list[Any]]:
+    """From -> to, the ranks that went on."""
+    folder, found = everything
+    back = of_ranks(taken_over, folder, (1,), seconds=60)[1]
+    return {
+        "1 -> 2": [rank["taken over"] for rank in found[2]],
+        "2 -> 4": [rank["taken over"] for rank in found[4]],
+        "4 -> 1": back,
+    }
+
+
+@pytest.mark.parametrize("case", ["adapter", "full"])
+@pytest.mark.parametrize("change", ["1 -> 2", "2 -> 4", "4 -> 1"])
+def test_another_number_of_ranks_goes_on_with_the_same_rows(
+    everything: tuple[Path, dict[int, list[Any]]], changes_of_ranks: dict[str, list[Any]], change: str, case: str
+) -> None:
+    ranks = [rank[case] for rank in changes_of_ranks[change]]
+    alone = everything[1][1][0]["taken over"][case]
+    assert together([rank["whole rows"] for rank in ranks]) == alone["whole rows"]
+    rest = {step: rows for step, rows in alone["whole rows"].items() if step > 3}
+    assert together([rank["resumed rows"] for rank in ranks]) == rest
+    assert len(rest) == TOTAL - 3
+    found, whole = ranks[0]["resumed"]["history"], alone["whole"]["history"]
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in whole]
+    for key in ("loss", "eval_loss"):
+        pairs = [(a[key], b[key]) for a, b in zip(found, whole, strict=True) if key in b]
+        off = max(abs(a - b) / b for a, b in pairs)
+        at_most("resumed at another number of ranks: losses as uninterrupted, dropout off", off, 1e-6)
