@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from opensloth.contract import Cause
 
-_LONGEST_PATH, _LONGEST_MESSAGE, _LONGEST_HINT = 200, 500, 1200
+_LONGEST_PATH, _LONGEST_MESSAGE, _LONGEST_DATA, _LONGEST_HINT = 200, 500, 1000, 1200
 """Characters; the longest hint names every key of TrainingArguments."""
 
 
@@ -75,7 +75,12 @@ class ConfigError(OpenSlothError):
 
 
 class DataError(OpenSlothError):
+    """message, hint: may quote what stands in the data; they are put on one line, with an end."""
+
     cause = Cause.DATA
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(one_line(message, _LONGEST_DATA), one_line(hint, _LONGEST_HINT))
 
 
 class NonFiniteError(OpenSlothError):

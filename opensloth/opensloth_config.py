@@ -141,8 +141,8 @@ class OpenSlothConfig(Section):
     filter_overlength_samples: bool = True
     """For a dataset that is trained as it is: drop rows over max_seq_length (false: refuse them)."""
     training_type: Literal["sft", "dpo", "kto", "orpo"] = "sft"
-    engine: Literal["auto", "torch", "unsloth"] = "auto"
-    """Which implementation runs the steps."""
+    engine: Literal["auto", "fused", "torch", "unsloth"] = "auto"
+    """Which implementation runs the steps; auto: fused where it computes the same, else torch."""
 
     @field_validator("devices")
     @classmethod
@@ -160,9 +160,9 @@ class OpenSlothConfig(Section):
 
     @field_validator("engine")
     @classmethod
-    def _only_torch_so_far(cls, engine: str) -> str:
+    def _no_unsloth_so_far(cls, engine: str) -> str:
         if engine == "unsloth":
-            raise ValueError("'unsloth' is not there yet; use 'auto' or 'torch'")
+            raise ValueError("'unsloth' is not there yet; use 'auto', 'fused' or 'torch'")
         return engine
 
     @model_validator(mode="after")
@@ -286,7 +286,7 @@ class TrainingArguments(Section):
     def _finite(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
         try:
             json.dumps(kwargs, allow_nan=False)
-        except ValueError:
+        except (TypeError, ValueError):
             raise ValueError("expected finite numbers") from None
         return kwargs
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from opensloth.data.examples import Example, Segments, Tokens
 from opensloth.data.messages import chat_from, text_of
-from opensloth.data.rows import Row, RowProblem
+from opensloth.data.rows import TOO_DEEP, Row, RowProblem
 from opensloth.errors import DataError
 
 Values = Mapping[str, Any]
@@ -129,6 +129,8 @@ class Parser:
             return self.format.parse(taken, self.has_template)
         except RowProblem as problem:
             raise RowProblem(self._in_their_words(str(problem))) from None
+        except RecursionError:
+            raise RowProblem(TOO_DEEP) from None
 
     def _in_their_words(self, problem: str) -> str:
         for own, theirs in self.columns.items():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opensloth.data.rows import Row
+from opensloth.data.rows import TOO_DEEP, Row
 from opensloth.errors import DataError
 
 MAX_LINE_BYTES = 64 << 20
@@ -81,10 +81,10 @@ def _json_lines(stream: BinaryIO | gzip.GzipFile, file: str) -> Iterator[Row]:
         if number == 1:
             line = _without_bom(line, file)
         if len(line) > MAX_LINE_BYTES:
-            raise DataError(
-                f"{file}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB",
-                "a .jsonl file has one JSON object a line; is this a .json file with another name?",
-            )
+            yield Row(file, number, None, f"longer than {MAX_LINE_BYTES >> 20} MiB: is there one JSON object a line?")
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_JSON_CHUNK)
+            continue
         if not line.isspace() and line:
             yield _json_row(line, file, number)
 
@@ -97,7 +97,7 @@ def _json_row(line: bytes, file: str, number: int) -> Row:
     except ValueError as error:
         return Row(file, number, None, _why_not_json(line, error))
     except RecursionError:
-        return Row(file, number, None, "not readable: nested too deeply")
+        return Row(file, number, None, TOO_DEEP)
     if not isinstance(values, dict):
         return Row(file, number, None, f"expected a JSON object, got {_kind(values)}")
     return Row(file, number, values)
@@ -172,7 +172,9 @@ def _json_list(stream: BinaryIO, file: str) -> Iterator[Row]:
                     raise fail("the file ends before the list does" if at >= len(buffer) else error.msg) from error
                 break
             except RecursionError as error:
-                raise fail("nested too deeply") from error
+                raise fail(TOO_DEEP) from error
+            except ValueError as error:  # a number with thousands of digits
+                raise fail(str(error)) from error
             at, number = end, number + 1
             if isinstance(value, dict):
                 yield Row(file, number, value, unit=_ROW)
@@ -254,6 +256,7 @@ def _read_arrow(path: Path) -> Iterator[Row]:
 def _batches(batches: Any, file: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # Arrow follows offsets and lengths of a damaged file wherever they lead
         for begin in range(0, batch.num_rows, 1024):  # a batch of an Arrow file may hold the whole file
             for values in batch.slice(begin, 1024).to_pylist():
                 number += 1

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from opensloth.errors import one_line
+
+TOO_DEEP = "nested too deeply"
+"""JSON of some hundred levels: whatever walks down it, ours or a template, does so by calls."""
+
 
 class Row(NamedTuple):
     """One row of a source, or what is wrong with it.
@@ -26,3 +31,6 @@ class Row(NamedTuple):
 
 class RowProblem(Exception):
     """This row cannot be used: one sentence, without the place."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(one_line(problem))  # it quotes the row

@@ -19,7 +19,7 @@ from typing import Literal
 
 from opensloth.data.examples import Chat
 from opensloth.data.layout import Layout, build_layout
-from opensloth.data.rows import RowProblem
+from opensloth.data.rows import TOO_DEEP, RowProblem
 from opensloth.data.shape import take_apart
 from opensloth.data.template import ChatTemplate, Span
 
@@ -40,6 +40,12 @@ class Turns:
 
         Raises RowProblem when the template refuses the conversation or a boundary cannot be told for certain.
         """
+        try:
+            return self._rendered(chat)
+        except RecursionError:
+            raise RowProblem(TOO_DEEP) from None
+
+    def _rendered(self, chat: Chat) -> tuple[str, list[Span]]:
         if self._train_on == "all" and all(chat.trained):
             text = self._template.render(chat.messages, chat.tools)
             return text, [(0, len(text))]

@@ -23,7 +23,7 @@ SECONDS = 2.0
 _SHOWN_FAILURES = 20
 
 AMOUNTS = [
-    pytest.param(2_000, id="sample"),
+    pytest.param(int(os.environ.get("N", "2000")), id="sample"),
     pytest.param(100_000, id="whole", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
 ]
 """For `parametrize`: a sample among the fast tests, all of it among the slow ones."""

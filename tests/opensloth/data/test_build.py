@@ -252,6 +252,28 @@ def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path, built: Build) -> Non
     assert built(path, bad_rows="skip").documents == 2
 
 
+@pytest.mark.parametrize("levels", [970, 100_000])
+@pytest.mark.parametrize("place", ["tools", "arguments", "messages"])
+def test_what_is_nested_too_deeply_is_a_bad_row(tmp_path: Path, built: Build, place: str, levels: int) -> None:
+    call = {"name": "f", "arguments": {"x": "DEEP"}}
+    bad = {
+        "tools": {"messages": chat("a", "b"), "tools": [{"x": "DEEP"}]},
+        "arguments": {"messages": [*chat("a"), {"role": "assistant", "tool_calls": [call]}]},
+        "messages": {"messages": "DEEP"},
+    }[place]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows(2), bad])
+    path.write_text(path.read_text().replace('"DEEP"', "[" * levels + "]" * levels))
+    result = built(path, bad_rows="skip")
+    assert (result.sources[0]["kept"], result.sources[0]["bad"]) == (2, 1)
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_messages(tmp_path: Path, built: Build) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows(1), {"messages": [{"\x1b[31m\n": "x" * 5_000}]}])
+    with pytest.raises(DataError) as caught:
+        built(path)
+    assert caught.value.message.endswith(r"a.jsonl:2: message 0 has no role; keys found: \x1b[31m\n")
+
+
 def test_ids_outside_the_vocabulary_are_bad_rows(tmp_path: Path, built: Build) -> None:
     row = {"input_ids": [1, 2], "labels": [1, 2]}
     path = write_jsonl(tmp_path / "a.jsonl", [row, {**row, "input_ids": [1, 10**30]}, {**row, "labels": [0, 5000]}])

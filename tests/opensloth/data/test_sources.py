@@ -150,7 +150,7 @@ def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         (b"3", ":2: expected a JSON object, got a number"),
         (b'{"text": "\xff"}', ":2: not UTF-8: byte 0xff at position 11"),
         (b'{"text": "\0"}', ":2: contains a NUL byte: is this a text file?"),
-        (b'{"text": ' + b"[" * 100_000, ":2: not readable: nested too deeply"),
+        (b'{"text": ' + b"[" * 100_000, ":2: nested too deeply"),
     ],
 )
 def test_lines_that_are_no_rows(tmp_path: Path, line: bytes, problem: str) -> None:
@@ -170,6 +170,8 @@ def test_lines_that_are_no_rows(tmp_path: Path, line: bytes, problem: str) -> No
         ("a.json", b"[{}, {", "item 2 of the list"),
         ("a.json", b'[{"a": 1} ', "the file ends before the list does"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
+        ("a.json", b'[{"a": ' + b"9" * 5_000 + b"}]", "item 1 of the list: Exceeds the limit"),
+        ("a.json", b'[{"a": ' + b"[" * 100_000, "item 1 of the list: nested too deeply"),
         ("a.json", b'{\n "a": 1\n}', "a .json file holds a list of objects"),
         ("a.jsonl.gz", b"nonsense", "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "not a whole gzip file"),
@@ -195,12 +197,39 @@ def test_csv_rows_of_another_width(tmp_path: Path) -> None:
     assert problems(path) == [":3: expected 2 fields as in the header, got 1"]
 
 
-def test_a_huge_line_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_line_is_passed_over_before_it_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "' + b"x" * (1 << 20))
-    with pytest.raises(DataError, match=r"a\.jsonl:1: line longer than 1 MiB"):
-        read(path)
+    path.write_bytes(
+        b'{"text": "a"}\n{"text": "' + b"x" * (5 << 20) + b'"}\n{"text": "b"}\n{"text": "' + b"x" * (2 << 20)
+    )
+    problem = "longer than 1 MiB: is there one JSON object a line?"
+    assert problems(path) == [f":2: {problem}", f":4: {problem}"]
+    assert [row for row in read(path) if row] == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_text_in_a_table_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
+    table = pa.table({"text": text})
+    path = tmp_path / f"a{kind}"
+    if kind == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=rf"a\{kind}: not a readable .* file \(.*UTF8"):
+        list(readers.read_file(path))
+
+
+def test_an_arrow_file_whose_offsets_lead_astray(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["abc"]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"\0\0\0\0\3\0\0\0", b"\0\0\0\0\xff\xff\xff\x7f"))
+    with pytest.raises(DataError, match=r"a\.arrow: not a readable Arrow file"):
+        list(readers.read_file(path))
 
 
 @pytest.mark.parametrize("path", ["/no/such/train.jsonl", "train.jsonl", "data/train.jsonl"])
