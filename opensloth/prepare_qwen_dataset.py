@@ -17,7 +17,8 @@ from typing import Any
 
 from opensloth.contract import EXIT_CODE_OF_CAUSE, ROOT_ENV
 from opensloth.data import cache
-from opensloth.data.build import BuiltData, build
+from opensloth.data.build import build
+from opensloth.data.built import BuiltData
 from opensloth.data.file_errors import file_errors
 from opensloth.data.prepared import FOOTER_FILE
 from opensloth.data.preview import as_text, preview

@@ -14,8 +14,10 @@ from typing import Any
 
 from opensloth import __version__
 from opensloth.data import cache
+from opensloth.data.built import BuiltData
 from opensloth.data.documents import Document
 from opensloth.data.epoch import count_epoch
+from opensloth.data.existing import open_existing
 from opensloth.data.file_errors import file_errors
 from opensloth.data.lock import BuildLock, LockObserver, describe_holder
 from opensloth.data.losses import Report, check_totals, warn_of_losses
@@ -37,28 +39,6 @@ _KEYED_ARGS = ("format", "columns", "train_on", "overlength", "bad_rows", "num_s
 
 
 @dataclass(frozen=True)
-class BuiltData:
-    """What training and the plan need to know of prepared data.
-
-    documents to row_fill: of one epoch, after the datasets' weights (see EpochCounts); rows are packed if the
-        config says so.
-    sources: what became of the rows of each file or name, before weights.
-    """
-
-    path: str
-    key: str
-    reused: bool
-    documents: int
-    tokens: int
-    target_tokens: int
-    rows: int
-    row_fill: float
-    eval_documents: int
-    eval_target_tokens: int
-    sources: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
 class _Part:
     """A source with its options, for training or for evaluation."""
 
@@ -76,8 +56,6 @@ def build(config: RunConfig, report: Report) -> BuiltData:
     with file_errors(folder):
         if config.dataset is not None:
             return _find_or_build(config, config.dataset, folder, report)
-        from opensloth.data.existing import open_existing
-
         return open_existing(config, report)
 
 

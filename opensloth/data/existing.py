@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensloth.data import cache
+from opensloth.data.built import BuiltData
 from opensloth.data.documents import Document
 from opensloth.data.epoch import count_epoch
 from opensloth.data.prepared import EVAL_DIR, TRAIN_DIR, PreparedDataset, part_folder, splits_of
@@ -16,7 +17,6 @@ from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
-    from opensloth.data.build import BuiltData
     from opensloth.data.losses import Report
 
 
@@ -45,8 +45,6 @@ def open_existing(config: RunConfig, report: Report) -> BuiltData:
 
     Raises DataError, naming row and column, when a document is unfit.
     """
-    from opensloth.data.build import BuiltData
-
     folder = Path(config.opensloth.data_cache_path)
     if not folder.is_dir():
         raise DataError(

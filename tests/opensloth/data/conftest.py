@@ -8,7 +8,8 @@ import pytest
 from data_tools import Events, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from opensloth.data.build import BuiltData, build
+from opensloth.data.build import build
+from opensloth.data.built import BuiltData
 from opensloth.run_config import RunConfig, check
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_tools import Events, chat, make_tokenizer, write_jsonl
 
-from opensloth.data.build import BuiltData
+from opensloth.data.built import BuiltData
 from opensloth.data.documents import IGNORE
 from opensloth.data.prepared import EVAL_DIR, PreparedDataset, weighted
 from opensloth.errors import DataError

@@ -17,7 +17,8 @@ import pytest
 from data_tools import Events, chat, make_tokenizer, write_jsonl
 
 from opensloth.data import cache
-from opensloth.data.build import BuiltData, build
+from opensloth.data.build import build
+from opensloth.data.built import BuiltData
 from opensloth.data.lock import BuildLock, LockObserver, beat_path
 from opensloth.data.prepared import PreparedDataset
 from opensloth.errors import DataError

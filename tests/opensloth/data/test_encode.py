@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from opensloth.data.build import BuiltData
+from opensloth.data.built import BuiltData
 from opensloth.data.documents import Document
 from opensloth.data.encode import Encoder, Rendered
 from opensloth.data.prepared import PreparedDataset
