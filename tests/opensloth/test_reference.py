@@ -1,0 +1,103 @@
+"""The trainer against a plain loop of forty lines: torch, transformers' model, and of oslo only which row is which."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from measured import at_most
+from torch import Tensor
+from train_rank import distance, history, largest_distance, make
+
+DOCUMENTS = tiny.random_rows(52, longest=30, seed=4)
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "adam_epsilon": 1e-5,  # clipped, gradients are a tenth: see rank_scenarios.CASES
+    "num_train_epochs": 2,
+    "seed": 7,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "linear, clipped": {"lr_scheduler_type": "linear", "max_grad_norm": 0.5},
+    "cosine, decay, clipped": {"lr_scheduler_type": "cosine", "weight_decay": 0.5, "max_grad_norm": 0.5},
+    "constant with warm-up, decay": {"lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.5},
+}
+
+
+def reference(rows: list[list[int]], rows_per_step: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each step: loss, rate, gradient norm before clipping, and the weights after it. rows: documents of each."""
+    model, steps = tiny.make_model(), []
+    parameters = dict(model.named_parameters())
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    others = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": options["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, eps=options["adam_epsilon"])
+    total, warm = options["num_train_epochs"] * math.ceil(len(rows) / rows_per_step), options["warmup_steps"]
+    for epoch in range(options["num_train_epochs"]):
+        order = np.random.default_rng((options["seed"], epoch)).permutation(len(rows))
+        for begin in range(0, len(rows), rows_per_step):
+            losses, targets = [], 0
+            for document in (d for row in order[begin : begin + rows_per_step] for d in rows[row]):
+                ids, labels = (torch.tensor(DOCUMENTS[document][name]) for name in ("input_ids", "labels"))
+                logits = model(input_ids=ids[None]).logits[0, :-1]
+                losses.append(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+                targets += int((labels[1:] != -100).sum())
+            loss = torch.stack(losses).sum() / targets
+            loss.backward()
+            norm = float(torch.cat([p.grad.flatten() for p in parameters.values()]).norm())
+            if options["max_grad_norm"]:
+                for p in parameters.values():
+                    p.grad *= min(1.0, options["max_grad_norm"] / norm)
+            done = len(steps)
+            past = (done - warm) / (total - warm)
+            fall = {"linear": 1 - past, "cosine": (1 + math.cos(math.pi * past)) / 2, "constant_with_warmup": 1.0}
+            rate = options["learning_rate"] * (done / warm if done < warm else fall[options["lr_scheduler_type"]])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            weights = {name: p.detach().clone() for name, p in parameters.items()}
+            steps.append({"loss": loss.item(), "learning_rate": rate, "grad_norm": norm, "weights": weights})
+    return steps
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_that_of_a_plain_loop(tmp_path: Path, case: str, packed: bool) -> None:
+    """Accumulation, two epochs, a short last step; packed and one document a row."""
+    options = OPTIONS | CASES[case]
+    trainer = make(tmp_path, DOCUMENTS, full=True, packed=packed, **options)
+    start = _weights(trainer)
+    weights: list[dict[str, Tensor]] = []
+    trainer._optimizer.register_step_post_hook(lambda *_: weights.append(_weights(trainer)))
+    trainer.train()
+    rows, per_step = trainer._train_rows, trainer.plan.shape.rows_per_step
+    assert (trainer.plan.shape.accumulation, len(rows) % per_step > 0) == (4, True)
+    documents = [rows.members[rows.plan.row(number)].tolist() for number in range(len(rows))]
+    expected, found = reference(documents, per_step, options), history(trainer)
+    assert len(found) == len(expected) == len(weights) == trainer.plan.total_steps
+    for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 1e-12)):
+        off = max(_off(a[key], b[key]) for a, b in zip(found, expected, strict=True))
+        at_most(f"a plain loop of forty lines, every step: {key}", off, bound)
+    for mine, step in zip(weights, expected, strict=True):
+        moved, should = ({name: tensor - start[name] for name, tensor in w.items()} for w in (mine, step["weights"]))
+        far = largest_distance(moved, should)
+        at_most("a plain loop of forty lines, every step: how far each weight has moved", far, 1e-5)
+    if options["max_grad_norm"]:
+        assert min(entry["grad_norm"] for entry in found) > options["max_grad_norm"], "clipping is to be active"
+
+
+def _weights(trainer: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _off(found: float, expected: float) -> float:
+    return distance(torch.tensor(found), torch.tensor(expected))
