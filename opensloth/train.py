@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import logging
@@ -28,6 +29,8 @@ from opensloth.dist import World, barrier, join_world, leave_world
 from opensloth.errors import OpenSlothError
 from opensloth.events import Events, NullEvents
 from opensloth.files import MAKE_ROOM, fault_of_volume, may_pass, sync_tree, write_json
+from opensloth.launch import volume
+from opensloth.launch.ending import Ending
 from opensloth.model import load_model, published_dtype
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.orders import Orders
@@ -181,8 +184,8 @@ def _report(result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _cause_of(error: BaseException) -> tuple[str, str, str]:
-    """(cause, message, hint) of whatever ended this rank."""
+def _cause_of(error: BaseException, run: Path | None = None) -> tuple[str, str, str]:
+    """(cause, message, hint) of whatever ended this rank. run: its folder."""
     if isinstance(error, OpenSlothError):
         return error.cause, error.message, error.hint
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
@@ -200,6 +203,9 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
         return Cause.VOLUME, f"the volume failed ({fault})", ""
     if fault is not None:
         return Cause.CONFIG, f"no room is left on the volume ({fault})", MAKE_ROOM
+    refused = _refused(error, run) if run else None
+    if refused is not None:
+        return refused.cause, refused.message, refused.hint
     text = f"{type(error).__name__}: {error}"
     lost = (
         "Connection closed by peer",
@@ -211,6 +217,14 @@ def _cause_of(error: BaseException) -> tuple[str, str, str]:
     if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in lost):
         return Cause.PEER_LOST, f"another rank went away ({text.splitlines()[0]})", ""
     return Cause.ERROR, text.splitlines()[0], "the whole traceback is in the rank's log"
+
+
+def _refused(error: BaseException, run: Path) -> Ending | None:
+    """What the volume does not let this process write into the run's folder; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return None
+    of_the_run = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(run)
+    return volume.fault(error, run) if of_the_run else None
 
 
 def _redirect_output(log: Path) -> None:
@@ -236,7 +250,7 @@ def main() -> int:
     try:
         run_rank(run, attempt, Pulse(Path(os.environ[contract.PULSE_DIR_ENV]), rank))
     except Exception as error:  # the boundary: everything is classified, nothing is swallowed
-        cause, message, hint = _cause_of(error)
+        cause, message, hint = _cause_of(error, run)
         with contextlib.suppress(OSError):  # the volume may be full, or gone
             if cause in (Cause.ERROR, Cause.PEER_LOST, Cause.OUT_OF_MEMORY, Cause.VOLUME):
                 traceback.print_exc()

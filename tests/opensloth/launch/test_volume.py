@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from volumes import small_volume
 
 from opensloth.contract import Cause
 from opensloth.data.file_errors import file_errors
@@ -61,6 +62,17 @@ def test_a_volume_of_somebody_else(tmp_path: Path, node: int) -> None:
     assert "fsGroup" in hint
     assert message in output.replace('\\"', '"')
     assert not list(root.iterdir())
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_volume_that_is_mounted_read_only(tmp_path: Path, node: int) -> None:
+    with small_volume(tmp_path / "shared", 1, "ro") as root:
+        code, output, last_word = launch(root, node)
+    assert code == 2, output
+    end = parse_end(last_word)
+    assert end is not None
+    assert end[0] == "config"
+    assert f"cannot write, because it is mounted read-only, in {root} (mode " in end[1]
 
 
 def test_a_volume_that_is_not_mounted(tmp_path: Path) -> None:
@@ -117,3 +129,18 @@ def test_the_dataset_and_the_ranks_tell_such_faults_apart_too() -> None:
         with pytest.raises(DataError) as caught, file_errors("here"):
             raise error
         assert caught.value.cause == cause
+
+
+def test_a_rank_names_what_it_may_not_write_in_the_runs_folder(tmp_path: Path) -> None:
+    from opensloth.train import _cause_of  # imports torch
+
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    run.chmod(0o750)
+    refused = PermissionError(errno.EACCES, "Permission denied", str(run / "checkpoints" / "step-1" / "a"))
+    cause, message, hint = _cause_of(refused, run)
+    assert cause == Cause.CONFIG
+    assert f"may not write in {run} (mode 0750, owner " in message
+    assert "make the volume writable" in hint
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", "/model/config.json")  # read, for all that is known
+    assert _cause_of(elsewhere, run)[0] == Cause.ERROR
