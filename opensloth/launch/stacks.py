@@ -28,7 +28,7 @@ _NAMED: Final = 4
 """So many ranks are told of in the message; the rest are in the files."""
 _STATES: Final = {"T": "was stopped by a signal", "t": "is held by a debugger", "D": "is stuck in the kernel"}
 _FRAME: Final = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-_COLLECTIVE: Final = "torch/distributed/"
+_COLLECTIVES: Final = ("torch/distributed/", "/opensloth/dist.py")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Stack:
     @property
     def waits(self) -> bool:
         """Whether it only waits for other ranks."""
-        return not self.state and any(_COLLECTIVE in file for file, _, _ in self.frames)
+        return not self.state and any(part in file for file, _, _ in self.frames for part in _COLLECTIVES)
 
     def __str__(self) -> str:
         said = [self.state] if self.state else []
@@ -50,7 +50,7 @@ class Stack:
             own = next((frame for frame in self.frames if "/opensloth/" in frame[0]), self.frames[0])
             top = f"stands at {_place(self.frames[0])}"
             said.append(top if own == self.frames[0] else f"{top}, called at {_place(own)}")
-        return f"rank {self.rank} " + (" and ".join(said) or "has not said where it stands")
+        return f"rank {self.rank} " + (" and ".join(said) or "has not begun, or has left")
 
 
 def _place(frame: tuple[str, str, str]) -> str:
@@ -60,7 +60,7 @@ def _place(frame: tuple[str, str, str]) -> str:
 
 def save_stacks(attempt: Attempt, ranks: range, folder: Path) -> None:
     """Write rank-R.stacks of this node's ranks. folder: where they say where they stand (`opensloth.pulse`)."""
-    standings = {rank: read_standing(folder, rank) for rank in ranks}
+    standings = {rank: _living(read_standing(folder, rank)) for rank in ranks}
     states = {rank: _state(standing) for rank, standing in standings.items()}
     for standing in standings.values():
         if standing is not None:
@@ -69,11 +69,20 @@ def save_stacks(attempt: Attempt, ranks: range, folder: Path) -> None:
                 os.kill(standing.pid, signal.SIGCONT)  # one that was stopped hears nothing
     _wait_for([stacks_file(folder, rank) for rank, standing in standings.items() if standing])
     for rank, standing in standings.items():
-        doing = f"process {standing.pid}, {standing.doing}" if standing else "it has not said where it stands"
+        doing = f"process {standing.pid}, {standing.doing}" if standing else "it has not begun, or has left"
         file = stacks_file(folder, rank)
         text = file.read_text(errors="replace") if file.exists() else ""
         head = f"rank {rank}: {doing}\nstate: {states[rank]}\n\n"
         write_atomically(attempt.folder / contract.RANK_STACKS.format(rank=rank), (head + text).encode())
+
+
+def _living(standing: Standing | None) -> Standing | None:
+    """None for a rank that has left: its number may be another process's by now."""
+    try:
+        is_rank = standing and b"opensloth.train" in (PROC / str(standing.pid) / "cmdline").read_bytes()
+    except OSError:
+        is_rank = not PROC.exists()
+    return standing if is_rank else None
 
 
 def _state(standing: Standing | None) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from opensloth.errors import StopRequested
+from opensloth.events import Events
 from opensloth.files import create_json, read_json, write_json
 from opensloth.orders import Orders
 
@@ -48,3 +50,16 @@ def test_the_fence_asks_for_the_folder_and_not_for_a_name_that_may_be_remembered
     with pytest.raises(StopRequested):
         Orders(tmp_path / "1").fence()
     Orders(tmp_path / "2").fence()
+
+
+def test_an_event_that_was_torn_swallows_none_that_follows(tmp_path: Path) -> None:
+    """A volume that was full, or a machine that went away, in the middle of a line."""
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n{"event": "ste')
+    for step in (2, 3):
+        events = Events(path, rank=0, attempt=step, say=lambda _: None)
+        events.emit("step", step=step)
+        events.close()
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"event": "ste'
+    assert [json.loads(line)["step"] for line in (lines[0], *lines[2:])] == [1, 2, 3]

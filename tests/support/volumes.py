@@ -11,10 +11,10 @@ import pytest
 
 
 @contextmanager
-def small_volume(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """Mount a tmpfs at `folder`; skips the test where that is not permitted."""
+def small_volume(folder: Path, mebibytes: int, access: str = "rw") -> Iterator[Path]:
+    """Mount a tmpfs at `folder`; skips the test where that is not permitted. access: rw or ro."""
     folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,{access}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:

@@ -29,7 +29,7 @@ def refused(attempts: Sequence[Past], step: int | None = None, **limits: float |
     return ending.cause if ending else None
 
 
-@pytest.mark.parametrize("cost", [None, Cause.KILLED, Cause.PEER_LOST, Cause.VOLUME])
+@pytest.mark.parametrize("cost", [None, Cause.KILLED, Cause.HUNG, Cause.PEER_LOST, Cause.VOLUME])
 def test_as_many_restarts_as_allowed_and_no_more(cost: str | None) -> None:
     assert refused([]) is None
     assert refused(past(*[(cost, None)] * 3)) is None

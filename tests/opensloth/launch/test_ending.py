@@ -24,6 +24,8 @@ def ending(cause: str, time: float = 0.0, message: str = "m") -> Ending:
         ([Cause.PEER_LOST, Cause.DATA], Cause.DATA),
         ([Cause.PEER_LOST, Cause.KILLED], Cause.KILLED),
         ([Cause.PEER_LOST, Cause.VOLUME], Cause.VOLUME),
+        ([Cause.PEER_LOST, Cause.HUNG], Cause.HUNG),
+        ([Cause.HUNG, Cause.DATA], Cause.DATA),
         ([Cause.VOLUME, Cause.DATA], Cause.DATA),
         ([Cause.KILLED, Cause.TERMINATED], Cause.TERMINATED),
         ([Cause.TERMINATED, Cause.NON_FINITE], Cause.NON_FINITE),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from opensloth.contract import Cause
 from opensloth.launch.attempt import Attempt
-from opensloth.launch.stacks import hung_ending
+from opensloth.launch.stacks import hung_ending, save_stacks
 from opensloth.launch.watchdog import Watchdog
 from opensloth.pulse import Kind, Pulse, read_standing
 
@@ -99,6 +100,19 @@ def test_a_launcher_that_was_frozen_together_with_its_ranks_does_not_blame_them(
     machine.passes(500)
 
 
+def test_a_process_that_is_no_rank_any_more_is_left_alone(tmp_path: Path) -> None:
+    """The signal would end it."""
+    attempt = Attempt.allocate(tmp_path, 1)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / "rank-0.pulse").write_text(f"{other.pid} 7 step step 4")
+        save_stacks(attempt, range(2), tmp_path)
+        assert other.poll() is None
+        other.kill()
+    for rank in (0, 1):
+        said = (attempt.folder / f"rank-{rank}.stacks").read_text()
+        assert said == f"rank {rank}: it has not begun, or has left\nstate: gone\n\n"
+
+
 HEAD = "rank {rank}: process 7, step 4\nstate: {state}\n\n"
 WAITS = """Thread 0x00007f01 (most recent call first):
   File "/x/threading.py", line 331 in wait
@@ -124,7 +138,7 @@ STANDS = """Thread 0x00007f02 (most recent call first):
         ),
         ([("T", WAITS), ("S", WAITS), ("S", WAITS)], "rank 0 was stopped by a signal and stands at "),
         ([("S", WAITS), ("D wait_on_page", "")], "rank 1 is stuck in the kernel; 1 other waits for it"),
-        ([("S", WAITS), ("gone", "")], "rank 1 has not said where it stands; 1 other waits for it"),
+        ([("S", WAITS), ("gone", "")], "rank 1 has not begun, or has left; 1 other waits for it"),
         ([("S", WAITS)] * 2, "all 2 ranks that were heard of wait for others"),
         ([("S", STANDS)] * 6, "; 2 more stand still"),
         ([], "no rank could be looked at"),
