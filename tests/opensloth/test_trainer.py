@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -219,15 +221,123 @@ def _then(first: Any, second: Any) -> Any:
     return both
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path: Path) -> None:
-    made = trainer(tmp_path, learning_rate=1e-2)
-    made.train()
+def spoil_gradient(made: SftTrainer, step: int) -> None:
+    """An infinite gradient in one micro-batch of `step`, under a finite loss."""
+    calls = itertools.count(1)
+    bad = (step - 1) * made.plan.shape.accumulation + 1
+
+    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, math.inf) if next(calls) == bad else gradient
+
+    next(p for n, p in made.model.named_parameters() if "lora_B" in n).register_hook(spoiled)
+
+
+def gives_up(made: SftTrainer, resume: bool = False) -> NonFiniteError:
+    with pytest.raises(NonFiniteError) as caught:
+        made.train(resume_from_checkpoint=resume)
+    return caught.value
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_step_before(tmp_path: Path) -> None:
+    """Bit for bit, dropout on: as a run that saved there, and it goes on as if nothing had been."""
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=3, save_total_limit=9)
+    whole.train()
+    made = trainer(tmp_path / "bad")
+    spoil_gradient(made, 4)
+    error = gives_up(made)
+    assert re.match(r"step 4: loss \d\.\d+, gradient norm (inf|nan) \(rows [\d, ]+ of the plan\)$", error.message)
+    kept = tmp_path / "bad" / "checkpoints" / "step-00000003"
+    assert f"the weights after step 3 are saved; last good checkpoint: {kept}; try a smaller" in error.hint
+    assert "training.resume_from_checkpoint" in error.hint
+    assert "bf16" not in error.hint
+    resumed = trainer(tmp_path / "bad")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(tmp_path / "bad") == losses(tmp_path / "whole")
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
+
+
+def test_nothing_is_saved_when_the_first_step_is_not_finite(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    spoil_gradient(made, 1)
+    error = gives_up(made)
+    assert error.hint == "no step came before it; last good checkpoint: none; try a smaller training.learning_rate"
+    assert saved(tmp_path) == []
+
+
+def test_what_is_saved_already_is_not_saved_again(tmp_path: Path) -> None:
+    """After a periodic checkpoint, and right after resuming."""
+    made = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    spoil_gradient(made, 4)
+    assert "step-00000003; try" in gives_up(made).hint
+    written = (tmp_path / "checkpoints" / "step-00000003").stat().st_ino
+    made = trainer(tmp_path)
+    spoil_gradient(made, 1)
+    assert "the weights after step 3 are saved; last good checkpoint: " in gives_up(made, resume=True).hint
+    assert (tmp_path / "checkpoints" / "step-00000003").stat().st_ino == written
+    assert saved(tmp_path) == ["step-00000003"]
+
+
+def test_weights_that_are_not_finite_themselves_are_not_saved(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=2)
+
+    def spoil(*_: Any) -> None:
+        if made.state.global_step == 2:
+            next(p for n, p in made.model.named_parameters() if "lora_B" in n).data.fill_(math.inf)
+
+    made._optimizer.register_step_post_hook(spoil)
+    error = gives_up(made)
+    assert error.message.startswith("step 4: loss nan")
+    kept = tmp_path / "checkpoints" / "step-00000002"
+    assert f"the weights after step 3 were not finite already; last good checkpoint: {kept}; try" in error.hint
+    assert saved(tmp_path) == [kept.name]
+
+
+def test_it_goes_on_with_the_smaller_learning_rate_of_the_file(tmp_path: Path) -> None:
+    made = trainer(tmp_path / "first", learning_rate=1e-2)
+    spoil_gradient(made, 4)
+    gives_up(made)
+    again = trainer(tmp_path / "second", learning_rate=1e-3)
+    again.train(resume_from_checkpoint=tmp_path / "first" / "checkpoints" / "step-00000003")
+    rates = {entry["step"]: entry["learning_rate"] for entry in again.state.log_history}
+    # Warm-up of two steps, then linearly down to zero after eight: step k is made with the rate of k - 1 done.
+    expected = {k: 1e-3 * (STEPS - (k - 1)) / (STEPS - 2) for k in range(4, STEPS + 1)}
+    assert {k: rates[k] for k in expected} == pytest.approx(expected)
+    assert rates[3] == pytest.approx(1e-2)
+
+
+def test_an_evaluation_that_is_not_finite_is_said_and_stops_nothing(tmp_path: Path) -> None:
+    model = tiny.make_model("llama")
+    poison = tiny.VOCABULARY - 1
     with torch.no_grad():
-        next(p for n, p in made.model.named_parameters() if "lora_B" in n).fill_(math.inf)
-    before = weights(made)
-    with pytest.raises(NonFiniteError, match=r"step 1: loss nan, gradient norm nan \(rows \d+"):
-        made.train()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(made).items())
+        model.get_input_embeddings().weight[poison] = math.inf
+    train_rows = [{name: [min(token, poison - 1) for token in tokens] for name, tokens in row.items()} for row in ROWS]
+    eval_rows = [train_rows[0], {"input_ids": [5, poison, 6, 7], "labels": [-100, -100, 6, 7]}]
+    made = create_sft_trainer(
+        model, tiny.make_tokenizer(), train_rows, config(), arguments(tmp_path), eval_dataset=eval_rows
+    )
+    result = made.train()
+    assert result.steps == STEPS
+    assert math.isfinite(result.loss or math.nan)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["loss"] for event in events if event["event"] == "eval"] == [None, None]
+    warned = [event["message"] for event in events if event["event"] == "note"]
+    assert f"evaluation after step {STEPS}: the loss is nan; that stops nothing" in warned[-1]
+
+
+def test_the_loss_that_is_logged_after_resuming_counts_the_steps_before(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", logging_steps=4)
+    whole.train()
+    trainer(tmp_path / "cut", logging_steps=4, save_strategy="steps", save_steps=3).train()
+    resumed = trainer(tmp_path / "resumed", logging_steps=4)
+    resumed.train(resume_from_checkpoint=tmp_path / "cut" / "checkpoints" / "step-00000003")
+    after = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 3}
+    assert losses(tmp_path / "resumed") == after
+    assert sorted(after) == [4, 8]
 
 
 def test_evaluation_is_the_token_weighted_loss(tmp_path: Path) -> None:
