@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opensloth.data.batch import Batch
 from opensloth.dist import World, sum_gradients, sum_over_ranks
-from opensloth.model import base_of
+from opensloth.model import base_of, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,16 @@ class StepTotals:
 
 
 class Objective:
-    """The supervised loss of a model on a batch."""
+    """The supervised loss of a model on a batch, and its gradient: autograd, in plain torch."""
+
+    engine = "torch"
 
     def __init__(
         self, model: nn.Module, *, autocast: torch.dtype | None, beat: Callable[[], None] = lambda: None
     ) -> None:
         """autocast: compute in this dtype; None: in the weights' own. beat: called with every batch."""
         self._model = model
+        self._parameters = trainable_parameters(model)
         self._autocast, self._beat = autocast, beat
         self._selects = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
@@ -68,10 +71,29 @@ class Objective:
         chosen = logits.flatten(0, 1)[columns]
         return F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
 
+    def begin_step(self) -> None:
+        """Called before the batches of a step; gradients are zero or None."""
 
-def accumulate_gradients(
-    objective: Objective, batches: Sequence[Batch], parameters: Sequence[nn.Parameter], world: World
-) -> tuple[float, int, int]:
+    def accumulate(self, batch: Batch, targets: float, world: World) -> Tensor:
+        """Add the gradient of (sum of losses) / `targets` to .grad; returns the sum, float32 scalar, nats.
+
+        batch: on the CPU.
+        """
+        loss = self.loss_sum(batch.to(world.device))
+        (loss / targets).backward()
+        return loss.detach()
+
+    def reduce(self, world: World) -> None:
+        """Replace each .grad by its sum over all ranks."""
+        sum_gradients(self._parameters, world)
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradient down to `max_norm` (0: leave it) and return its L2 norm before that."""
+        bound = max_norm if max_norm > 0 else float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self._parameters, bound))
+
+
+def accumulate_gradients(objective: Objective, batches: Sequence[Batch], world: World) -> tuple[float, int, int]:
     """Leave in .grad the gradient of (sum of losses) / (number of targets), both over the whole step.
 
     batches: this rank's micro-batches; none is fine, and so is one without targets.
@@ -82,17 +104,8 @@ def accumulate_gradients(
         float(sum(batch.tokens for batch in batches)),
     ]
     targets, tokens = sum_over_ranks(mine, world)
-    loss_sum = 0.0
-    for batch in batches:
-        if len(batch.targets):
-            loss = objective.loss_sum(batch.to(world.device))
-            (loss / targets).backward()
-            loss_sum += loss.item()
-    sum_gradients(parameters, world)
+    objective.begin_step()
+    losses = [objective.accumulate(batch, targets, world) for batch in batches if len(batch.targets)]
+    objective.reduce(world)
+    loss_sum = sum((loss.item() for loss in losses), 0.0)
     return sum_over_ranks([loss_sum], world)[0], int(targets), int(tokens)
-
-
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradient down to `max_norm` (0: leave it) and return its L2 norm before that."""
-    bound = max_norm if max_norm > 0 else float("inf")
-    return float(torch.nn.utils.clip_grad_norm_(parameters, bound))

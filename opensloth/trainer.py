@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
-from opensloth import arithmetic, checkpoint
+from opensloth import arithmetic, checkpoint, engine
 from opensloth.contract import Cause
 from opensloth.data.order import RowOrder
 from opensloth.data.training_data import Rows
@@ -30,7 +30,7 @@ from opensloth.orders import CAUSES, Orders
 from opensloth.pulse import Pulse
 from opensloth.reporting import Reporting, transformers_arguments
 from opensloth.run_config import RunConfig
-from opensloth.step import Objective, StepTotals, accumulate_gradients, clip_gradients
+from opensloth.step import StepTotals, accumulate_gradients
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -93,7 +93,10 @@ class SftTrainer:
         self._parameters = trainable_parameters(model)
         broadcast_parameters(self._parameters, world)
         autocast = torch.bfloat16 if self._training.bf16 else None
-        self._objective = Objective(model, autocast=autocast, beat=place.pulse.beat)
+        self._objective, why = engine.choose(
+            model, train_rows, config.opensloth, autocast=autocast, beat=place.pulse.beat
+        )
+        self.engine, self.engine_reason = self._objective.engine, why
         arguments = transformers_arguments(self._training, place.final, config.name)
         self._optimizer = make_optimizer(self._parameters, arguments)
         self._scheduler = make_scheduler(self._optimizer, self._training, self.plan)
@@ -212,8 +215,8 @@ class SftTrainer:
         if self._config.opensloth.log_level == "debug":
             self._say_rows(step, micro_batches)
         batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
-        sums = accumulate_gradients(self._objective, batches, self._parameters, self._world)
-        totals = StepTotals(*sums, grad_norm=clip_gradients(self._parameters, self._training.max_grad_norm))
+        sums = accumulate_gradients(self._objective, batches, self._world)
+        totals = StepTotals(*sums, grad_norm=self._objective.clip(self._training.max_grad_norm))
         if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
             checkpoint.set_random_state(random_state, self._world.device)
             self._give_up(step, totals)

@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here is imported on a machine that does not run them: `operations` chooses."""

@@ -1,0 +1,142 @@
+"""RMS norm, rotary positions and SwiGLU, forward and backward: each reads its inputs once and writes its outputs once.
+
+All work on rows that may lie in a wider buffer: the stride of a row is an argument, its elements are dense.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_WIDE = 1024
+"""Elements of a SwiGLU row that one program does."""
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, weight_ptr, out_ptr, rstd_ptr, stride_x, stride_out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    ok = column < WIDTH
+    x = tl.load(x_ptr + row * stride_x + column, mask=ok, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / WIDTH + eps)
+    weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out + column, (x * rstd * weight).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _rms_norm_backward(
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, out_ptr, stride_grad, stride_x, stride_residual, stride_out,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    ok = column < WIDTH
+    x = tl.load(x_ptr + row * stride_x + column, mask=ok, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    weighted = tl.load(grad_ptr + row * stride_grad + column, mask=ok, other=0.0).to(tl.float32) * weight
+    rstd = tl.load(rstd_ptr + row)
+    normed = x * rstd
+    dx = rstd * (weighted - normed * (tl.sum(weighted * normed, 0) / WIDTH))
+    if RESIDUAL:
+        dx += tl.load(residual_ptr + row * stride_residual + column, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out + column, dx.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _rotate(x_ptr, cos_ptr, sin_ptr, stride_x, sign, HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK)
+    column = tl.arange(0, HALF)
+    cos = tl.load(cos_ptr + token * HALF + column)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + column)[None, :] * sign
+    at = x_ptr + token * stride_x + head[:, None] * (2 * HALF) + column[None, :]
+    ok = (head < HEADS)[:, None]
+    first = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=ok, other=0.0).to(tl.float32)
+    tl.store(at, (first * cos - second * sin).to(x_ptr.dtype.element_ty), mask=ok)
+    tl.store(at + HALF, (second * cos + first * sin).to(x_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _swiglu(gate_up_ptr, out_ptr, stride_gate_up, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < WIDTH
+    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride_gate_up + WIDTH + column, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out + column, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _swiglu_backward(
+    grad_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr, stride_grad, stride_gate_up, stride_dgate_up, stride_hidden,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate and up, and once more what they made."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < WIDTH
+    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride_gate_up + WIDTH + column, mask=ok, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * stride_grad + column, mask=ok, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
+    dtype = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + row * stride_dgate_up + column, dgate.to(dtype), mask=ok)
+    tl.store(dgate_up_ptr + row * stride_dgate_up + WIDTH + column, (grad * silu).to(dtype), mask=ok)
+    tl.store(hidden_ptr + row * stride_hidden + column, (silu * up).to(dtype), mask=ok)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor) -> None:
+    """x, out: [T, D]. rstd: float32 [T], is written."""
+    width = x.shape[1]
+    _rms_norm[(x.shape[0],)](
+        x, weight, out, rstd, x.stride(0), out.stride(0), eps,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor
+) -> None:
+    """out: gradient of x, plus `residual`; all [T, D]."""
+    width = x.shape[1]
+    beside = grad if residual is None else residual
+    _rms_norm_backward[(x.shape[0],)](
+        grad, x, weight, rstd, beside, out, grad.stride(0), x.stride(0), beside.stride(0), out.stride(0),
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=residual is not None, num_warps=_warps(width),
+    )  # fmt: skip
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool) -> None:
+    """Turn the first `heads` heads of x [T, ...] in place. cos, sin: float32 [T, D / 2]."""
+    _rotate[(x.shape[0],)](
+        x, cos, sin, x.stride(0), -1.0 if inverse else 1.0,
+        HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=cos.shape[1], num_warps=4,
+    )  # fmt: skip
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """gate_up: [T, 2 I], gates first. out: [T, I]."""
+    width = out.shape[1]
+    _swiglu[(out.shape[0], triton.cdiv(width, _WIDE))](
+        gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=_WIDE, num_warps=4
+    )
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, dgate_up: Tensor, hidden: Tensor) -> None:
+    """grad: of what swiglu made, [T, I]. dgate_up [T, 2 I] and hidden [T, I], swiglu's output, are written."""
+    width = grad.shape[1]
+    _swiglu_backward[(grad.shape[0], triton.cdiv(width, _WIDE))](
+        grad, gate_up, dgate_up, hidden, grad.stride(0), gate_up.stride(0), dgate_up.stride(0), hidden.stride(0),
+        WIDTH=width, BLOCK=_WIDE, num_warps=4,
+    )  # fmt: skip
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 2048 else 8

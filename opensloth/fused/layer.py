@@ -1,0 +1,206 @@
+"""One decoder layer of the Llama kind, forward and backward.
+
+    y = x + o(attention(qkv(norm(x))))
+    z = y + down(swiglu(gate_up(norm(y))))
+
+Only adapters are trained: the backward pass makes the gradient of the input and those of the adapters.
+T tokens of documents end to end, D hidden width, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensloth.fused import operations
+from opensloth.fused.operations import Documents, Heads
+from opensloth.fused.projection import Projection, Staged
+
+
+@dataclass
+class Attended:
+    """What the first half of a layer keeps for its way back. T rows each; norms' scales are float32 [T]."""
+
+    x: Tensor
+    scale: Tensor
+    normed: Tensor
+    qkv: Tensor
+    attended: Tensor
+    lse: Tensor
+
+
+@dataclass
+class Expanded:
+    """What the second half keeps; hidden_border: [T, R], what down's adapter saw of its input."""
+
+    y: Tensor
+    scale: Tensor
+    normed: Tensor
+    gate_up: Tensor
+    hidden_border: Tensor
+
+
+@dataclass
+class Kept:
+    """What a layer keeps: its input alone, when the rest is computed again."""
+
+    x: Tensor
+    attended: Attended | None = None
+    expanded: Expanded | None = None
+
+
+class Layer:
+    """A decoder layer whose weights have been taken over into `Projection`s."""
+
+    def __init__(self, module: Any, *, recompute: bool, chunk: int) -> None:
+        """module: transformers' layer. recompute: keep only the input. chunk: tokens of the MLP at a time then."""
+        attention, mlp = module.self_attn, module.mlp
+        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._out = Projection([attention.o_proj])
+        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self._down = Projection([mlp.down_proj])
+        self._norms = (module.input_layernorm, module.post_attention_layernorm)
+        self._heads = Heads(
+            query=self._out.inputs // attention.head_dim,
+            key_value=attention.k_proj.out_features // attention.head_dim,
+            scale=float(attention.scaling),
+        )
+        self._turned = self._heads.query + self._heads.key_value
+        self._recompute, self._chunk = recompute, chunk
+        self._staged: dict[Projection, Staged] = {}
+        self._deal_attention = self._deal_mlp = operations.Copies([])
+
+    def use_staging(self, staged: Sequence[Staged]) -> None:
+        """staged: room for each of `projections`; the parameters' gradients have their final places."""
+        self._staged = dict(zip(self.projections, staged, strict=True))
+        first, second = (
+            operations.Copies([entry for p in pair for entry in p.gradients(self._staged[p])])
+            for pair in ((self._qkv, self._out), (self._gate_up, self._down))
+        )
+        self._deal_attention, self._deal_mlp = first, second
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self._qkv, self._out, self._gate_up, self._down
+
+    def room_for_gradient(self, tokens: int) -> Tensor:
+        """Where the gradient of this layer's output is to be written, up to D."""
+        return self._down.room_for_gradient(tokens)
+
+    def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Kept]:
+        """x: [T, D]. Returns the output and what `backward` needs."""
+        attended, y = self._attend(x, documents)
+        if not self._recompute:
+            z, expanded = self._expand(y)
+            return z, Kept(x, attended, expanded)
+        z = torch.empty_like(y)
+        for rows in self._chunks(len(y)):
+            z[rows], _ = self._expand(y[rows])
+        return z, Kept(x)
+
+    def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
+        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
+        tokens = len(kept.x)
+        attended, y = kept.attended, kept.expanded.y if kept.expanded else None
+        if attended is None or y is None:
+            attended, y = self._attend(kept.x, documents)
+        dy = self._out.room_for_gradient(tokens)
+        for rows in self._chunks(tokens):
+            expanded = kept.expanded if kept.expanded is not None else self._expand_again(y[rows])
+            self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
+        kept.expanded = None
+        self._attend_backward(dy, attended, documents, dx)
+
+    # --- attention ----------------------------------------------------------------------------------
+
+    def _attend(self, x: Tensor, documents: Documents) -> tuple[Attended, Tensor]:
+        tokens = len(x)
+        normed = self._qkv.room_for_input(tokens)
+        scale = self._norm(0, x, normed[:, : self._qkv.inputs])
+        qkv = self._qkv.forward(normed)
+        operations.rotate(qkv, documents.cos, documents.sin, self._turned)
+        attended = self._out.room_for_input(tokens)
+        lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
+        y = self._out.forward(attended, residual=x)
+        return Attended(x, scale, normed, qkv, attended, lse), y
+
+    def _attend_backward(self, dy: Tensor, kept: Attended, documents: Documents, dx: Tensor | None) -> None:
+        width = self._out.inputs
+        dattended = self._out.input_gradient(dy)
+        self._out.stage_gradients(dy, kept.attended[:, :width], kept.attended[:, width:], self._staged[self._out])
+        dqkv = self._qkv.room_for_gradient(len(dy))
+        operations.attention_backward(
+            dattended,
+            kept.qkv,
+            kept.attended[:, :width],
+            kept.lse,
+            documents,
+            self._heads,
+            dqkv[:, : self._qkv.outputs],
+        )
+        operations.rotate(dqkv, documents.cos, documents.sin, self._turned, inverse=True)
+        width = self._qkv.inputs
+        if dx is None:
+            self._qkv.fill_gradient_border(dqkv)
+        else:
+            dnormed = self._qkv.input_gradient(dqkv)
+        self._qkv.stage_gradients(dqkv, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._qkv])
+        self._deal_attention.run(add=True)
+        if dx is not None:
+            self._norm_backward(0, dnormed, kept.x, kept.scale, dy[:, : self._out.outputs], dx)
+
+    # --- MLP ----------------------------------------------------------------------------------------
+
+    def _expand(self, y: Tensor) -> tuple[Tensor, Expanded]:
+        scale, normed, gate_up = self._gate_and_up(y)
+        hidden = self._down.room_for_input(len(y))
+        operations.swiglu(gate_up, hidden[:, : self._down.inputs])
+        z = self._down.forward(hidden, residual=y)
+        return z, Expanded(y, scale, normed, gate_up, hidden[:, self._down.inputs :].clone())
+
+    def _expand_again(self, y: Tensor) -> Expanded:
+        """As `_expand` without its output, which nobody needs any more."""
+        scale, normed, gate_up = self._gate_and_up(y)
+        hidden = self._down.room_for_input(len(y))
+        operations.swiglu(gate_up, hidden[:, : self._down.inputs])
+        self._down.fill_border(hidden)
+        return Expanded(y, scale, normed, gate_up, hidden[:, self._down.inputs :].clone())
+
+    def _gate_and_up(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self._gate_up.room_for_input(len(y))
+        scale = self._norm(1, y, normed[:, : self._gate_up.inputs])
+        return scale, normed, self._gate_up.forward(normed)
+
+    def _expand_backward(self, dz: Tensor, kept: Expanded, dy: Tensor) -> None:
+        dhidden = self._down.input_gradient(dz)
+        dgate_up = self._gate_up.room_for_gradient(len(dz))
+        hidden = torch.empty_like(dhidden)
+        operations.swiglu_backward(dhidden, kept.gate_up, dgate_up[:, : self._gate_up.outputs], hidden)
+        self._down.stage_gradients(dz, hidden, kept.hidden_border, self._staged[self._down])
+        dnormed = self._gate_up.input_gradient(dgate_up)
+        width = self._gate_up.inputs
+        self._gate_up.stage_gradients(
+            dgate_up, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._gate_up]
+        )
+        self._deal_mlp.run(add=True)
+        self._norm_backward(1, dnormed, kept.y, kept.scale, dz[:, : self._down.outputs], dy)
+
+    # --- parts --------------------------------------------------------------------------------------
+
+    def _norm(self, which: int, x: Tensor, out: Tensor) -> Tensor:
+        norm = self._norms[which]
+        return operations.rms_norm(x, norm.weight, norm.variance_epsilon, out)
+
+    def _norm_backward(
+        self, which: int, grad: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor
+    ) -> None:
+        operations.rms_norm_backward(grad, x, self._norms[which].weight, scale, residual, out)
+
+    def _chunks(self, tokens: int) -> Iterator[slice]:
+        size = self._chunk if self._recompute else tokens
+        return itertools.starmap(slice, ((at, min(tokens, at + size)) for at in range(0, tokens, size)))

@@ -1,0 +1,128 @@
+"""A whole model on the fast path: the loss of a batch and the adapters' gradients, without autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensloth.data.batch import Batch
+from opensloth.fused import operations
+from opensloth.fused.layer import Layer
+from opensloth.fused.operations import Documents
+
+LOGITS_BYTES = 1 << 30
+"""Room for logits at a time; half of it where memory is being saved."""
+MLP_BYTES = 1 << 29
+"""Room for what an MLP makes and its gradients, where they are made in parts: about 12 bytes a token and column."""
+
+
+class FusedModel:
+    """Takes over the weights of a transformers model with a LoRA adapter, which goes on working on them.
+
+    See `opensloth.fused.support` for which models; others are not to be given.
+    """
+
+    def __init__(self, base: Any, *, recompute: bool, chunk: int | None = None) -> None:
+        """recompute: as for `Layer`. chunk: likewise; None: as many tokens as MLP_BYTES hold."""
+        decoder = base.model
+        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._rotary = decoder.rotary_emb
+        self._norm = decoder.norm
+        self._head: Tensor = base.lm_head.weight
+        self._logits_bytes = LOGITS_BYTES // 2 if recompute else LOGITS_BYTES
+        chunk = chunk or max(1024, MLP_BYTES // (12 * base.config.intermediate_size) // 1024 * 1024)
+        self._layers = [Layer(m, recompute=recompute, chunk=chunk) for m in decoder.layers]
+
+        projections = [projection for layer in self._layers for projection in layer.projections]
+        self._borders = operations.Copies([entry for projection in projections for entry in projection.borders()])
+        self._parameters = [p for p in base.parameters() if p.requires_grad]
+        sizes = [p.numel() for p in self._parameters]
+        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=self._head.device)
+        """All adapters' gradients end to end."""
+        self._views = [v.view_as(p) for v, p in zip(self.gradient.split(sizes), self._parameters, strict=True)]
+        self.begin_step()
+        staged = [projection.room_to_stage() for projection in self._layers[0].projections]
+        for layer in self._layers:
+            layer.use_staging(staged)
+
+    def begin_step(self) -> None:
+        """Take note of what the optimizer did to the adapters, and start their gradients at zero."""
+        self.gradient.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+        self._borders.run(add=False)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` (0: leave it); returns its L2 norm before that, float32."""
+        norm = torch.linalg.vector_norm(self.gradient)
+        if max_norm > 0:
+            self.gradient.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def accumulate(self, batch: Batch, scale: float) -> Tensor:
+        """Add the gradient of (sum of the targets' losses) * scale to the adapters'; returns the sum, float32.
+
+        batch: flat, on the CPU.
+        """
+        documents = self._documents(batch)
+        batch = batch.to(self._head.device)
+        x = self._embedding[batch.inputs["input_ids"][0]]
+        kept = []
+        for layer in self._layers:
+            x, of_layer = layer.forward(x, documents)
+            kept.append(of_layer)
+        tokens, width = x.shape
+        dx = self._layers[-1].room_for_gradient(tokens)
+        loss = self._loss(x, batch, scale, dx[:, :width])
+        for i in reversed(range(len(self._layers))):
+            before = self._layers[i - 1].room_for_gradient(tokens) if i else None
+            self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
+            if before is not None:
+                dx = before
+        return loss
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the targets' losses, float32, nats. batch: flat, on any device."""
+        self._borders.run(add=False)
+        documents = self._documents(batch)
+        batch = batch.to(self._head.device)
+        x = self._embedding[batch.inputs["input_ids"][0]]
+        for layer in self._layers:
+            x, _ = layer.forward(x, documents)
+        return self._loss(x, batch, 0.0, None)
+
+    def _documents(self, batch: Batch) -> Documents:
+        device = self._head.device
+        offsets: Tensor = batch.inputs["document_offsets"].cpu()
+        positions: Tensor = batch.inputs["position_ids"].to(device, non_blocking=True)
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
+        half = cos.shape[-1] // 2
+        tiles = torch.from_numpy(operations.tiles_of(offsets.numpy())).to(device, non_blocking=True)
+        return Documents(
+            offsets.tolist(), tiles, cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+        )
+
+    def _loss(self, x: Tensor, batch: Batch, scale: float, dx: Tensor | None) -> Tensor:
+        """x: the last layer's output, [T, D]; dx: its gradient, is written. Only targets go through the head."""
+        chosen = x[batch.predictors]
+        normed = torch.empty_like(chosen)
+        rms = operations.rms_norm(chosen, self._norm.weight, self._norm.variance_epsilon, normed)
+        size = max(1, self._logits_bytes // (self._head.shape[0] * self._head.element_size()))
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dnormed = torch.empty_like(normed)
+        for begin in range(0, len(chosen), size):
+            part = slice(begin, begin + size)
+            logits = normed[part] @ self._head.T
+            total += operations.cross_entropy_(logits, batch.targets[part], scale).sum()
+            if dx is not None:
+                torch.mm(logits, self._head, out=dnormed[part])
+        if dx is not None:
+            dchosen = torch.empty_like(chosen)
+            operations.rms_norm_backward(dnormed, chosen, self._norm.weight, rms, None, dchosen)
+            dx.zero_()
+            dx[batch.predictors] = dchosen
+        return total

@@ -1,0 +1,221 @@
+"""What a fused layer is made of besides matrix products: Triton on CUDA, plain torch elsewhere.
+
+The plain versions are the definition that the kernels are tested against, and let the whole layer be checked on a
+machine without a GPU. T tokens; rows may lie in a wider buffer, dense in their last dimension.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 64
+"""Tokens of an attention tile."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents lie, and the turns of their positions.
+
+    offsets: where each begins, and T. tiles: int32 [n, 3], `tiles_of`. cos, sin: float32 [T, D / 2].
+    """
+
+    offsets: list[int]
+    tiles: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many query heads and key-value heads attend, and what scores are multiplied with."""
+
+    query: int
+    key_value: int
+    scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.query // self.key_value
+
+
+def tiles_of(offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """int32 [n, 3]: first token, its document's first, its document's end, of every tile of every document."""
+    bounds = itertools.pairwise(offsets.tolist())
+    rows = [(at, begin, end) for begin, end in bounds for at in range(begin, end, TILE)]
+    return np.array(rows, dtype=np.int32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """x, out: [T, D]; out is written. Returns float32 [T], one over each row's root mean square."""
+    if x.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        elementwise.rms_norm(x, weight, eps, out, rstd)
+        return rstd
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    out.copy_(wide * rstd[:, None] * weight.float())
+    return rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor
+) -> None:
+    """out: gradient of x, plus `residual`; all [T, D]."""
+    if x.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        elementwise.rms_norm_backward(grad, x, weight, rstd, residual, out)
+        return
+    weighted, normed = grad.float() * weight.float(), x.float() * rstd[:, None]
+    dx = rstd[:, None] * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+    out.copy_(dx if residual is None else dx + residual.float())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool = False) -> None:
+    """Turn the first `heads` heads of x [T, ...] by their positions, in place. cos, sin: float32 [T, D / 2]."""
+    if x.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        elementwise.rotate(x, cos, sin, heads, inverse=inverse)
+        return
+    half = cos.shape[1]
+    turned = x[:, : heads * 2 * half].unflatten(1, (heads, 2, half))
+    first, second = turned[:, :, 0].float(), turned[:, :, 1].float()
+    c, s = cos[:, None], (-sin if inverse else sin)[:, None]
+    turned.copy_(torch.stack((first * c - second * s, second * c + first * s), dim=2))
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """gate_up: [T, 2 I], gates first. out: [T, I], is written."""
+    if out.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        elementwise.swiglu(gate_up, out)
+        return
+    gate, up = gate_up.float().chunk(2, dim=1)
+    out.copy_(F.silu(gate) * up)
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, dgate_up: Tensor, hidden: Tensor) -> None:
+    """grad: of what swiglu made, [T, I]. dgate_up [T, 2 I] and hidden [T, I], swiglu's output, are written."""
+    if grad.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        elementwise.swiglu_backward(grad, gate_up, dgate_up, hidden)
+        return
+    gate, up = gate_up.float().chunk(2, dim=1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = grad.float() * up * (sigmoid + silu * (1 - sigmoid))
+    dgate_up.copy_(torch.cat((dgate, grad.float() * silu), dim=1))
+    hidden.copy_(silu * up)
+
+
+def attention(qkv: Tensor, documents: Documents, heads: Heads, out: Tensor) -> Tensor:
+    """Causal attention inside each document.
+
+    qkv: [T, (query + 2 key_value) * D]. out: [T, query * D], is written.
+    Returns float32 [query, T], base-two logarithms of the sums of exponentials.
+    """
+    lse = torch.empty(heads.query, qkv.shape[0], dtype=torch.float32, device=qkv.device)
+    if qkv.is_cuda:
+        from opensloth.fused.kernels import attention as kernels
+
+        kernels.forward(qkv, documents.tiles, heads, out, lse)
+        return lse
+    for begin, end in itertools.pairwise(documents.offsets):
+        q, k, v = _heads_of(qkv[begin:end], heads)
+        scores = _causal_scores(q, k, heads.scale)
+        lse[:, begin:end] = torch.logsumexp(scores, dim=-1) / np.log(2)
+        out[begin:end] = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    return lse
+
+
+def attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, documents: Documents, heads: Heads, dqkv: Tensor
+) -> None:
+    """grad: of `attention`'s out, [T, query * D]. dqkv: as qkv, is written."""
+    if qkv.is_cuda:
+        from opensloth.fused.kernels import attention as kernels
+
+        kernels.backward(grad, qkv, out, lse, documents.tiles, heads, dqkv)
+        return
+    for begin, end in itertools.pairwise(documents.offsets):
+        q, k, v = _heads_of(qkv[begin:end], heads)
+        g, o = (x[begin:end].float().unflatten(1, (heads.query, -1)).transpose(0, 1) for x in (grad, out))
+        p = torch.exp2(_causal_scores(q, k, heads.scale) / np.log(2) - lse[:, begin:end, None])
+        ds = p * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * heads.scale
+        dk, dv = (
+            (x.transpose(1, 2) @ y).unflatten(0, (heads.key_value, heads.group)).sum(1) for x, y in ((ds, q), (p, g))
+        )
+        dqkv[begin:end] = torch.cat([x.transpose(0, 1).flatten(1) for x in (ds @ k, dk, dv)], dim=1)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Float32 [n], nats; logits [n, V] become their gradient times `scale`."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.is_cuda:
+        from opensloth.fused.kernels import cross_entropy as kernels
+
+        kernels.cross_entropy_(logits, targets, scale, losses)
+        return losses
+    wide = logits.float()
+    losses.copy_(F.cross_entropy(wide, targets, reduction="none"))
+    gradient = wide.softmax(-1)
+    gradient[torch.arange(len(targets)), targets] -= 1
+    logits.copy_(gradient * scale)
+    return losses
+
+
+class Copies:
+    """A fixed list of scaled copies between matrices, which stay where they are; one launch on CUDA."""
+
+    def __init__(self, entries: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+        """entries: (source, destination, scale) of one dtype each, of equal shapes, dense in their last dimension."""
+        self._entries = list(entries)
+        if self._entries and self._entries[0][0].is_cuda:
+            rows = [
+                (source.data_ptr(), destination.data_ptr(), *source.shape, source.stride(0), destination.stride(0))
+                for source, destination, _ in self._entries
+            ]
+            device = self._entries[0][0].device
+            self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+            self._scales = torch.tensor([scale for *_, scale in self._entries], dtype=torch.float32, device=device)
+            self._largest = max(source.numel() for source, *_ in self._entries)
+
+    def run(self, *, add: bool) -> None:
+        """Write, or add to, every destination."""
+        if not self._entries:
+            return
+        if self._entries[0][0].is_cuda:
+            from opensloth.fused.kernels import copy_table
+
+            source, destination, _ = self._entries[0]
+            copy_table.copy(self._table, self._scales, source, destination, self._largest, add=add)
+            return
+        for source, destination, scale in self._entries:
+            value = source * scale
+            destination.copy_(destination + value if add else value)
+
+
+def _heads_of(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of one document, float32 [query, n, D] each: keys and values stand before every head of their group."""
+    counts = (heads.query, heads.key_value, heads.key_value)
+    q, k, v = qkv.float().unflatten(1, (sum(counts), -1)).transpose(0, 1).split(counts)
+    return q, k.repeat_interleave(heads.group, dim=0), v.repeat_interleave(heads.group, dim=0)
+
+
+def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    scores = q @ k.transpose(1, 2) * scale
+    return scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))

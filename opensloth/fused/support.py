@@ -1,0 +1,88 @@
+"""What the fast path can train, and why it cannot train what it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensloth.model import base_of
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
+STEADY_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose turns depend on a token's position alone."""
+HEAD_SIZES = frozenset({32, 64, 128})
+TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+def reason_against(
+    model: nn.Module, *, packed: bool, longest_document: int, autocast: torch.dtype | None
+) -> str | None:
+    """Why `model` must be trained by the plain engine; None when the fast one computes the same."""
+    reason = _machine(model, packed, autocast) or reason_against_model(model, longest_document)
+    return reason or _adapters(model)
+
+
+def _machine(model: nn.Module, packed: bool, autocast: torch.dtype | None) -> str | None:
+    if next(model.parameters()).device.type != "cuda":
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing"
+    if not packed:
+        return "the rows are not packed"
+    if autocast is not torch.bfloat16 or base_of(model).dtype is not torch.bfloat16:
+        return "it computes in bfloat16 only"
+    return None
+
+
+def reason_against_model(model: nn.Module, longest_document: int) -> str | None:
+    """Why the architecture is not one that the fast path knows; None when it is."""
+    config: Any = base_of(model).config
+    window = getattr(config, "sliding_window", None) if _windowed(config) else None
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type not in MODEL_TYPES:
+        return f"it does not know {config.model_type} models"
+    if config.hidden_act != "silu":
+        return f"it has no {config.hidden_act} activation"
+    if head not in HEAD_SIZES:
+        return f"it has no heads of {head}"
+    if rope not in STEADY_ROPES:
+        return f"it has no {rope} rotary embedding"
+    if window is not None and window < longest_document:
+        return f"documents of up to {longest_document} tokens are longer than the attention window of {window}"
+    if getattr(config, "attention_dropout", 0):
+        return "it has no attention dropout"
+    if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):
+        return "it has no biases behind attention and MLP"
+    return None
+
+
+def _windowed(config: Any) -> bool:
+    return getattr(config, "use_sliding_window", True)
+
+
+def _adapters(model: nn.Module) -> str | None:
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if not adapters:
+        return "every weight is trained"
+    if len(adapters) != 1:
+        return "there is more than one adapter"
+    (lora,) = adapters.values()
+    if lora.lora_dropout:
+        return "it has no adapter dropout"
+    if lora.use_dora or lora.bias != "none" or lora.modules_to_save:
+        return "the adapter trains more than two low-rank matrices"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, _, kind = name.partition(".lora_")
+            if layer.rpartition(".")[2] not in TARGETS or kind[:1] not in "AB":
+                return f"the adapter trains {name}"
+            if parameter.dtype is not torch.float32:
+                return "the adapter is not float32"
+    quantised = [type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    return f"its linear layers are {quantised[0]}" if quantised else None

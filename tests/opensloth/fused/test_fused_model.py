@@ -1,0 +1,205 @@
+"""The fast path computes what autograd does: on the CPU, in float32, with the plain versions of its kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from measured import at_most
+
+from opensloth import attention, engine
+from opensloth.arithmetic import BatchShape
+from opensloth.data.batch import Batch, flat_batch
+from opensloth.data.order import RowOrder
+from opensloth.data.training_data import make_rows
+from opensloth.dist import World
+from opensloth.errors import ConfigError
+from opensloth.fused.model import FusedModel
+from opensloth.fused.objective import FusedObjective
+from opensloth.fused.support import reason_against, reason_against_model
+from opensloth.model import attach_adapter, base_of, trainable_parameters
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
+from opensloth.step import Objective, accumulate_gradients
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SOME = ["q_proj", "v_proj", "down_proj"]
+BOUND = 1e-5
+
+
+def config(**settings: Any) -> OpenSlothConfig:
+    targets = settings.pop("targets", ALL)
+    lora = LoraArgs(r=4, target_modules=targets, **{k: settings.pop(k) for k in ("lora_dropout",) if k in settings})
+    return OpenSlothConfig(
+        data_cache_path="-", fast_model_args=FastModelArgs(model_name="-"), lora_args=lora, **settings
+    )
+
+
+def model_of(kind: str, **settings: Any) -> Any:
+    """Norms, biases and both halves of the adapters hold random numbers: none can be left out unseen."""
+    model = attach_adapter(tiny.make_model(kind), config(**settings))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        elif "bias" in name or "norm" in name:
+            parameter.data = 1 + torch.randn(parameter.shape, generator=generator) * 0.3
+    attention.register()
+    base_of(model).set_attn_implementation(attention.NAME)
+    return model
+
+
+def documents(count: int = 12) -> tiny.Documents:
+    """Longer than a tile of attention, and shorter."""
+    return tiny.Documents(tiny.random_rows(count, longest=200))
+
+
+def packed(of: tiny.Documents) -> Batch:
+    return flat_batch(of, np.arange(len(of)))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative L2 distance of a tensor that carries more than rounding."""
+    assert found.keys() == expected.keys()
+    least = 1e-4 * max(float(gradient.norm()) for gradient in expected.values())
+    return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), least) for n in expected)
+
+
+@pytest.mark.parametrize("chunk", [None, 37])
+@pytest.mark.parametrize("targets", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], chunk: int | None) -> None:
+    """With a chunk everything but the layers' inputs is computed again, the MLP in parts."""
+    model, batch = model_of(kind, targets=targets), packed(documents())
+    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    expected = gradients(model)
+    fused = FusedModel(base_of(model), recompute=chunk is not None, chunk=chunk)
+    fused.begin_step()
+    found = fused.accumulate(batch, 1 / count).item()
+    at_most("the fast path's loss is autograd's", abs(found / loss - 1), 1e-6)
+    at_most("the fast path's gradient is autograd's", distance(gradients(model), expected), BOUND)
+    assert fused.loss_sum(batch).item() == found
+
+
+@pytest.mark.parametrize("mutation", ["boundaries merged", "positions not reset"])
+def test_a_leak_is_seen(mutation: str) -> None:
+    model, batch = model_of("llama"), packed(documents())
+    _, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    expected = gradients(model)
+    if mutation == "boundaries merged":
+        batch.inputs["document_offsets"] = batch.inputs["document_offsets"][[0, -1]]
+    else:  # the scores of plain rotary embeddings cannot see it: it is the turns themselves that differ
+        ends = batch.inputs["document_offsets"][1:-1].long()
+        batch.inputs["position_ids"][0, ends] += 1
+    fused = FusedModel(base_of(model), recompute=False)
+    fused.begin_step()
+    fused.accumulate(batch, 1 / count)
+    assert distance(gradients(model), expected) > 100 * BOUND
+
+
+def test_the_model_goes_on_working_on_the_same_weights() -> None:
+    model, batch = model_of("qwen2"), packed(documents())
+    before = Objective(model, autocast=None).loss_sum(batch).item()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FusedModel(base_of(model), recompute=False)
+    assert Objective(model, autocast=None).loss_sum(batch).item() == before
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_steps_of_several_batches_train_as_the_plain_engine_does(recompute: bool) -> None:
+    """Clipping bites; the last step is short; what the optimizer did is seen by the next step."""
+    rows = make_rows(documents(30), 256, packed=True, pad_id=0)
+    order = RowOrder(len(rows), BatchShape(1, 3, 1), seed=0)
+
+    def train(fast: bool) -> tuple[list[float], list[float], list[torch.Tensor]]:
+        model = model_of("llama")
+        parameters = trainable_parameters(model)
+        objective = (
+            FusedObjective(model, autocast=None, recompute=recompute) if fast else Objective(model, autocast=None)
+        )
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        losses, norms = [], []
+        for step in range(order.steps_per_epoch):
+            batches = [rows.batch(r) for r in order.micro_batches(step, 0) if len(r)]
+            losses.append(accumulate_gradients(objective, batches, ALONE)[0])
+            norms.append(objective.clip(0.05))
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, norms, [p.detach().clone() for p in parameters]
+
+    plain, fast = train(fast=False), train(fast=True)
+    assert len(plain[0]) >= 4
+    assert min(plain[1]) > 0.05
+    assert fast[0] == pytest.approx(plain[0], rel=1e-5)
+    assert fast[1] == pytest.approx(plain[1], rel=1e-4)
+    for found, expected in zip(fast[2], plain[2], strict=True):
+        at_most("weights after steps on the fast path", float((found - expected).norm() / expected.norm()), 1e-4)
+
+
+def test_documents_of_a_few_tokens_and_of_one() -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [7], "labels": [7]}]
+    model, batch = model_of("llama"), packed(tiny.Documents(rows))
+    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    expected = gradients(model)
+    fused = FusedModel(base_of(model), recompute=False)
+    fused.begin_step()
+    assert fused.accumulate(batch, 1 / count).item() == pytest.approx(loss, rel=1e-6)
+    assert distance(gradients(model), expected) < BOUND
+
+
+# --- which engine ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("gemma2", {}, "gemma2 models"),
+        ("mistral", {}, "attention window of 8"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"mlp_bias": True}, "biases"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "dynamic rotary"),
+        ("llama", {"head_dim": 80}, "heads of 80"),
+    ],
+)
+def test_models_that_it_does_not_know(kind: str, changes: dict[str, Any], reason: str) -> None:
+    model = tiny.make_model(kind)
+    model.config.head_dim = 64
+    assert reason_against_model(model, 8) is None or kind == "gemma2"
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    assert reason in (reason_against_model(model, 200) or "")
+
+
+def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
+    model, rows = model_of("llama"), make_rows(documents(), 256, packed=True, pad_id=0)
+    chosen, why = engine.choose(model, rows, config(), autocast=None)
+    assert (chosen.engine, type(chosen)) == ("torch", Objective)
+    assert why == "fused cannot train this: there is no CUDA device"
+    with pytest.raises(ConfigError, match="fused cannot train this: there is no CUDA device"):
+        engine.choose(model, rows, config(engine="fused"), autocast=None)
+    assert engine.choose(model, rows, config(engine="torch"), autocast=None)[1] == "asked for"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({}, None), ({"lora_dropout": 0.1}, "dropout"), ({"full": True}, "every weight"), ({"half": True}, "float32")],
+)
+def test_adapters_that_it_does_not_know(
+    settings: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
+    monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
+    full, half = settings.pop("full", False), settings.pop("half", False)
+    model = tiny.make_model("llama") if full else model_of("llama", **settings)
+    if half:
+        model.to(torch.bfloat16)
+    found = reason_against(model, packed=True, longest_document=64, autocast=None)
+    assert (reason in (found or "")) if reason else found is None
