@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from launched import Run, row
 from measured import at_most
 from rank_scenarios import (
     BAD_STEP,
@@ -119,3 +123,27 @@ def test_what_one_rank_alone_meets_stops_all_with_the_step_before_saved(
     for rank in ranks:
         assert rank[f"{name}, resumed"][1] == rank["whole"][1]
         assert identical(rank[f"{name}, resumed"][0], rank["whole"][0])
+
+
+def test_the_launcher_says_it_and_another_attempt_goes_on_from_there(tmp_path: Path) -> None:
+    """One document of 120 holds a token with an infinite embedding: one of two ranks meets it, again and again."""
+    model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("~")] = math.inf
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = Run(tmp_path, tmp_path / "model", devices=2, max_steps=60, save_steps=1000)
+    lines = [row(i) for i in range(120)]
+    run.data.write_text("".join([*lines[:50], lines[50].replace("plus", "~"), *lines[51:]]))
+    assert run.finish() == 4
+    ended = run.attempt("ended.json")
+    step = int(re.match(r"step (\d+): loss nan, ", ended["message"])[1])  # type: ignore[index]
+    saved = run.folder / "checkpoints" / f"step-{step - 1:08d}"
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert f"last good checkpoint: {saved}; try" in ended["hint"]
+    outcomes = [run.attempt(f"rank-{rank}.outcome.json") for rank in (0, 1)]
+    assert [(o["cause"], o["message"]) for o in outcomes] == [("non_finite", ended["message"])] * 2
+    assert run.finish() == 4
+    assert run.attempt("ended.json")["message"] == ended["message"]
+    resumed = [event["step"] for event in run.events() if event["event"] == "resumed"]
+    assert resumed == [step - 1]
