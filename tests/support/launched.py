@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from opensloth import run_config
+from runner.event_log import parse_events
 
 STEPS = 240
 WAIT_SECONDS = 120
@@ -81,8 +82,9 @@ class Run:
         return found
 
     def events(self) -> list[dict[str, Any]]:
+        """As readers see them: torn lines are passed over."""
         file = self.folder / "events.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return list(parse_events(file.read_bytes())) if file.exists() else []
 
     def said(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
@@ -138,6 +140,8 @@ class Pods(Run):
         self.config = folder / "config-of-the-pod.yaml"
         self.config.write_text(self.config_text)
         self.nodes, self.env = nodes, env or {}
+        self.wrapper: tuple[str, ...] = ()
+        """What stands before the launcher's command."""
         self.launchers: dict[int, subprocess.Popen[bytes]] = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -169,7 +173,11 @@ class Pods(Run):
     def start_node(self, node: int) -> None:
         with self.out(node).open("ab") as out:
             self.launchers[node] = subprocess.Popen(
-                [*PYTHON, str(self.folder)], stdout=out, stderr=out, env=self.environment(node), start_new_session=True
+                [*self.wrapper, *PYTHON, str(self.folder)],
+                stdout=out,
+                stderr=out,
+                env=self.environment(node),
+                start_new_session=True,
             )
 
     def out(self, node: int) -> Path:

@@ -1,9 +1,12 @@
 """Faults that no signal can cause, put into a run's processes from outside: this folder on PYTHONPATH, and in
 OSLO_TEST_FAULTS a JSON object with any of
 
-    save_seconds  a checkpoint takes so much longer, before it is complete
-    hang          {"how", "rank", "step"}: that rank of the first attempt makes no progress any more
-    clock         a file with the seconds by which the wall clock is wrong, read at every look at it
+    save_seconds      a checkpoint takes so much longer, before it is complete
+    hang              {"how", "rank", "step"}: that rank of the first attempt makes no progress any more
+    memory            {"step", "limit"}: rank 0 of the first attempt takes ever more; limit: the kernel gives no more
+    steps_per_second  at most so many, so that a test can keep up
+    clock             a file with the seconds by which the wall clock is wrong, read at every look at it
+    leak              true: the ranks' attention sees all documents of a row as one
 
 Python imports this module at its start. It works in pods too: mount the folder and set the two variables.
 """
@@ -29,8 +32,6 @@ def slow_saves(seconds):
 
 
 def hang(how, rank, step):
-    from opensloth.orders import Orders
-
     def stand_still():
         if how == "an endless loop":
             while True:
@@ -48,16 +49,49 @@ def hang(how, rank, step):
             while True:  # a signal ends the call
                 ctypes.PyDLL(None).pause()
 
+    at_step(rank, step, stand_still)
+
+
+def at_step(rank, step, act):
+    """Call `act` in that rank of the first attempt when it comes to its step number `step`."""
+    from opensloth.orders import Orders
+
     ask, asked = Orders.cause, []
 
     def cause(self):
         asked.append(self)
         if len(asked) == step:
-            stand_still()
+            act()
         return ask(self)
 
     if (os.environ.get("RANK"), os.environ.get("OSLO_ATTEMPT")) == (str(rank), "1") and "LOCAL_RANK" in os.environ:
         Orders.cause = cause
+
+
+def take_memory(step, limit=False):
+    def take():
+        import resource
+
+        if limit:
+            pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (256 << 20),) * 2)
+        taken = []
+        while True:
+            taken.append(b"1" * (32 << 20))
+
+    at_step(0, step, take)
+
+
+def slow_steps(steps_per_second):
+    from opensloth.orders import Orders
+
+    ask = Orders.cause
+
+    def cause(self):
+        time.sleep(1 / steps_per_second)
+        return ask(self)
+
+    Orders.cause = cause
 
 
 def wrong_clock(file):
@@ -73,9 +107,26 @@ def wrong_clock(file):
     time.time = wrong
 
 
+def leak():
+    from opensloth import attention
+
+    by_documents = attention._one_by_one
+
+    def as_one(query, key, value, offsets, *options):
+        return by_documents(query, key, value, offsets[[0, -1]], *options)
+
+    attention._one_by_one = as_one
+
+
 if "save_seconds" in faults:
     slow_saves(faults["save_seconds"])
 if "hang" in faults:
     hang(**faults["hang"])
+if "memory" in faults:
+    take_memory(**faults["memory"])
+if "steps_per_second" in faults:
+    slow_steps(faults["steps_per_second"])
 if "clock" in faults:
     wrong_clock(faults["clock"])
+if "leak" in faults and "LOCAL_RANK" in os.environ:
+    leak()
