@@ -29,12 +29,6 @@ NAME = "opensloth"
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def register() -> None:
-    """Make the implementation known to transformers; doing so again changes nothing."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
 def packed_attention(  # noqa: PLR0913 - transformers' interface
     module: nn.Module,
     query: Tensor,
@@ -56,9 +50,16 @@ def packed_attention(  # noqa: PLR0913 - transformers' interface
     document_offsets: int32[N + 1], from 0 to T, on the query's device.
     longest_document: tokens, at least the longest document's.
     Returns [1, T, H, D] and no weights.
+    Raises ValueError for what it would get wrong: no offsets, several lines, keys of a cache; NotImplementedError
+    for what it does not have.
     """
     if document_offsets is None or longest_document is None:
-        raise ValueError('attention "opensloth" needs document_offsets and longest_document')
+        raise ValueError(f"{type(module).__name__} was given no document_offsets and longest_document")
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f'attention "opensloth" takes one line of documents and no cache, got queries {list(query.shape)} '
+            f"and keys {list(key.shape)}"
+        )
     if attention_mask is not None or unused.get("s_aux") is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} asks for a mask, sinks or non-causal attention")
     if query.is_cuda and query.dtype in VARLEN_DTYPES and not softcap and not dropout:
@@ -68,8 +69,14 @@ def packed_attention(  # noqa: PLR0913 - transformers' interface
     return attended, None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def no_mask(*_: Any, **__: Any) -> None:
     """transformers' mask function: isolation comes from the offsets."""
+
+
+def register(attend: Callable[..., Any] = packed_attention, mask: Callable[..., Any] = no_mask) -> None:
+    """Make the implementation known to transformers, in the place of what was registered before."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
 
 
 def _varlen(
@@ -119,6 +126,8 @@ def _one_by_one(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     attended = []
     bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
+        raise ValueError(f"document_offsets go from {bounds[0]} to {bounds[-1]}, the tokens from 0 to {query.shape[2]}")
     for begin, end in itertools.pairwise(bounds):
         q, k, v = (x[:, :, begin:end] for x in (query, key, value))
         mask = _window_mask(end - begin, window, query.device)
@@ -130,7 +139,7 @@ def _one_by_one(
                     q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
                 )
             )
-    return torch.cat(attended, dim=2).transpose(1, 2)
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()  # as the others do: some models view it
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -50,6 +50,13 @@ def _note(event: Event) -> str:
     return f"{prefix}{event.get('message')}"
 
 
+def _check(event: Event) -> str:
+    said = [f"gradient cosine {_figure(event.get('cosine'))}, norm ratio {_figure(event.get('norm_ratio'))}"]
+    said += ["from an earlier start"] if event.get("remembered") else []
+    said += [f"{seconds:.1f}s"] if (seconds := event.get("seconds")) is not None else []
+    return f"{event.get('check')} checked against single documents: {', '.join(said)}"
+
+
 def _plan(event: Event) -> str:
     counts = {
         "rows": event.get("rows"),
@@ -90,6 +97,10 @@ def _of(total: Any) -> str:
     return f"/{total:,}" if total else ""
 
 
+def _figure(value: Any) -> str:
+    return "not finite" if value is None else f"{value:.6f}"
+
+
 def _loss(loss: Any) -> str:
     return "not finite" if loss is None else f"{loss:.4g}"
 
@@ -99,6 +110,7 @@ _RENDERERS: Final[Mapping[str, Any]] = {
     "phase": _phase,
     "progress": _progress,
     "note": _note,
+    "check": _check,
     "plan": _plan,
     "resumed": _resumed,
     "eval": _eval,

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from opensloth import attention
 from opensloth.errors import ConfigError, DataError, Problem
 from opensloth.files import write_json
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
-
-ATTENDING_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
-"""Layer kinds that `opensloth.attention` isolates; any other kind mixes tokens in ways it does not see."""
 
 
 def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> nn.Module:
@@ -89,6 +85,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
 
 
+def plain_attention(config: PretrainedConfig) -> str:
+    """transformers' attention for rows of one document. SDPA drops soft-capped scores in silence; eager does not."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
 def vocabulary_of(model: nn.Module) -> int:
     """How many ids the model has an embedding for."""
     embeddings: Any = base_of(model).get_input_embeddings()
@@ -97,24 +98,6 @@ def vocabulary_of(model: nn.Module) -> int:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def isolate_documents(model: nn.Module) -> str | None:
-    """Switch the model to attention that packed documents cannot see through.
-
-    Returns None, or why this architecture cannot be packed; the model is then left as it was.
-    """
-    base = base_of(model)
-    reason = _obstacle(base)
-    if reason:
-        return reason
-    before = base.config._attn_implementation
-    attention.register()
-    base.set_attn_implementation(attention.NAME)
-    reason = _leak(model)
-    if reason:
-        base.set_attn_implementation(before)
-    return reason
 
 
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -178,9 +161,7 @@ def check_fits(model: nn.Module, tokenizer: Any) -> None:
 
 
 def _plain_attention(args: FastModelArgs) -> str:
-    """Attention for rows of one document. SDPA drops soft-capped scores without a word; eager does not."""
-    config = AutoConfig.from_pretrained(args.model_name, revision=args.revision or "main").get_text_config()
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    return plain_attention(AutoConfig.from_pretrained(args.model_name, revision=args.revision or "main"))
 
 
 def _quantisation(args: FastModelArgs, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -208,50 +189,6 @@ def _check_targets(base: nn.Module, lora: LoraArgs) -> None:
                 )
             ]
         )
-
-
-def _obstacle(base: PreTrainedModel) -> str | None:
-    kind = base.config.model_type
-    leaking = set(getattr(base.config.get_text_config(), "layer_types", None) or ()) - ATTENDING_LAYERS
-    if getattr(base, "_is_stateful", False) or leaking:
-        named = f" ({', '.join(sorted(leaking))})" if leaking else ""
-        return f"{kind} has layers{named} whose state runs on from one document into the next"
-    if not getattr(base, "_supports_attention_backend", False):
-        return f"{kind} has an attention that cannot be replaced by one that respects documents"
-    return None
-
-
-@torch.no_grad()
-def _leak(model: nn.Module) -> str | None:
-    """Look whether a document changes when the one before it does, on a packed row of two."""
-    base = base_of(model)
-    device = next(base.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = (torch.randint(vocabulary_of(model), (n,), generator=generator) for n in (9, 9, 13))
-    training, _ = model.training, model.eval()
-    try:
-        in_company, beside_other = (
-            model(**_packed_pair(document, second, device), use_cache=False).logits[0, -len(second) :]
-            for document in (first, other)
-        )
-    except NotImplementedError as error:
-        return str(error)
-    finally:
-        model.train(training)
-    if not torch.equal(in_company, beside_other):
-        return f"in {base.config.model_type}, changing one packed document changed the outputs of another"
-    return None
-
-
-def _packed_pair(first: torch.Tensor, second: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    lengths = (len(first), len(second))
-    offsets = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
-    return {
-        "input_ids": torch.cat((first, second))[None].to(device),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-        "document_offsets": offsets,
-        "longest_document": max(lengths),
-    }
 
 
 @contextlib.contextmanager

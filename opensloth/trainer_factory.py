@@ -13,17 +13,22 @@ from pydantic import ValidationError
 from torch import nn
 
 from opensloth import hardware, run_config
+from opensloth.check_memory import CheckMemory
 from opensloth.contract import CHECKPOINTS_DIR, EVENTS_FILE, TENSORBOARD_DIR
+from opensloth.data.batch import Batch
 from opensloth.data.in_memory import InMemoryDocuments
 from opensloth.data.prepared import PreparedDataset
-from opensloth.data.training_data import PreparedDocuments, make_rows
+from opensloth.data.training_data import PreparedDocuments, Rows, make_rows
 from opensloth.dist import World, join_world
 from opensloth.errors import ConfigError, DataError, Problem
 from opensloth.events import Events, NullEvents
-from opensloth.model import attach_adapter, base_of, check_fits, isolate_documents, recompute_activations, vocabulary_of
+from opensloth.isolation import isolate_documents
+from opensloth.model import attach_adapter, base_of, check_fits, recompute_activations, vocabulary_of
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
+from opensloth.packing_check import bounds_of, require_same_gradient
 from opensloth.reporting import check_reporters
 from opensloth.run_config import RunConfig, from_python
+from opensloth.step import Objective
 from opensloth.trainer import Place, SftTrainer
 from opensloth.training_keys import refusal_of_transformers_key
 
@@ -80,17 +85,20 @@ def assemble(
     place: Place,
     events: Events,
 ) -> SftTrainer:
-    """Plan the rows of (train, eval) documents, packed if model and config allow it, and make the trainer."""
+    """Plan the rows of (train, eval) documents, packed if model and config allow it, and make the trainer.
+
+    Raises ConfigError when the model could be packed by its architecture, and packing changes what it learns.
+    """
     check_fits(model, tokenizer)
     if config.training.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = config.training.tf32
+    capacity = config.opensloth.fast_model_args.max_seq_length
     packed = config.opensloth.sequence_packing
     if packed:
-        obstacle = isolate_documents(model)
+        obstacle = isolate_documents(model, _longest(documents, capacity))
         if obstacle:
             packed = False
             events.warn(f"trained without packing, one document a row: {obstacle}")
-    capacity = config.opensloth.fast_model_args.max_seq_length
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train_rows, eval_rows = (
         make_rows(part, capacity, packed=packed, pad_id=pad_id) if part is not None and len(part) else None
@@ -99,6 +107,8 @@ def assemble(
     if train_rows is None or not len(train_rows):
         raise DataError("there is nothing to train on", "the dataset has no document that fits max_seq_length")
     trainer = SftTrainer(model, tokenizer, train_rows, eval_rows, config, world=world, place=place, events=events)
+    if packed:
+        _check_packing(trainer, train_rows, config, world, events)
     plan = trainer.plan
     events.emit(
         "plan",
@@ -118,6 +128,33 @@ def assemble(
         parameters=sum(p.numel() for p in model.parameters()),
     )
     return trainer
+
+
+def _longest(documents: tuple[PreparedDocuments, PreparedDocuments | None], capacity: int) -> int:
+    """Tokens of the longest document that fits a row."""
+    lengths = [part.lengths[part.lengths <= capacity] for part in documents if part is not None]
+    return max((int(fitting.max()) for fitting in lengths if len(fitting)), default=0)
+
+
+def _check_packing(trainer: SftTrainer, rows: Rows, config: RunConfig, world: World, events: Events) -> None:
+    model, trains = trainer.model, trainer._objective
+    autocast = torch.bfloat16 if config.training.bf16 else None
+    plain = Objective(model, autocast=autocast)
+
+    def packed(batch: Batch, targets: float) -> None:
+        trains.begin_step()
+        trains.accumulate(batch, targets, world)
+
+    require_same_gradient(
+        model,
+        packed,
+        lambda batch, targets: plain.accumulate(batch, targets, world),
+        rows,
+        CheckMemory("packing", model, engine=trains.engine, autocast=autocast),
+        bounds=bounds_of(model, autocast),
+        world=world,
+        events=events,
+    )
 
 
 def place_in(folder: Path) -> Place:

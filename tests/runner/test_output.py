@@ -54,6 +54,15 @@ def test_columns_are_aligned_whatever_their_colour() -> None:
         ),
         ({"event": "note", "level": "warning", "message": "careful"}, "warning: careful"),
         ({"event": "phase", "phase": "model"}, "-- loading the model"),
+        (
+            {"event": "check", "check": "packing", "cosine": 1.0, "norm_ratio": 0.9999996, "seconds": 1.26},
+            "packing checked against single documents: gradient cosine 1.000000, norm ratio 1.000000, 1.3s",
+        ),
+        (
+            {"event": "check", "check": "packing", "cosine": 0.25, "norm_ratio": None, "remembered": True},
+            "packing checked against single documents: gradient cosine 0.250000, norm ratio not finite, from an "
+            "earlier start",
+        ),
         ({"event": "plan", "rows": 1000, "total_steps": 50}, "plan: 1,000 rows, 50 steps"),
         ({"event": "resumed", "step": 7, "checkpoint": "c/7"}, "resumed at step 7 from c/7"),
         ({"event": "eval", "step": 7, "loss": 0.5}, "evaluation at step 7  loss 0.5"),

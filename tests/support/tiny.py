@@ -10,16 +10,33 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GptOssConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
+    MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    PhimoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+    Zamba2Config,
 )
 
 CHATML = (
@@ -41,28 +58,114 @@ _SHAPE = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+_EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
+_MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+_LINEAR_THEN_FULL = dict(layer_types=["linear_attention", "full_attention"])
+_ROPE = dict(rope_theta=10000.0, factor=4.0)
+ROPE_LENGTH = 32
+"""Original length of the models whose rotary embedding is stretched."""
+_LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0, 3.0, 4.0, 5.0])
+_STRETCHED = dict(original_max_position_embeddings=ROPE_LENGTH)
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_SHAPE),
     "qwen2": lambda: Qwen2Config(**_SHAPE),
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=8),
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=8),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=8),
     "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "gemma3": lambda: Gemma3TextConfig(**_SHAPE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2
     ),
+    # Rotary embeddings that are stretched, "dynamic" and "longrope" by the longest position they are given.
+    "llama-dynamic": lambda: LlamaConfig(
+        **_SHAPE | {"max_position_embeddings": ROPE_LENGTH}, rope_parameters=_ROPE | {"rope_type": "dynamic"}
+    ),
+    "llama-longrope": lambda: LlamaConfig(**_SHAPE, rope_parameters=_ROPE | _LONGROPE | _STRETCHED),
+    "llama-yarn": lambda: LlamaConfig(**_SHAPE, rope_parameters=_ROPE | _STRETCHED | {"rope_type": "yarn"}),
+    # Architectures that cannot be packed: running state, convolutions, chunks, linear attention, ...
+    "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
     "mamba2": lambda: Mamba2Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2, state_size=8
     ),
+    "jamba": lambda: JambaConfig(
+        **_SHAPE,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        num_experts_per_tok=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "bamba": lambda: BambaConfig(**_SHAPE, **_MAMBA2, attn_layer_indices=[1]),
+    "falcon_h1": lambda: FalconH1Config(**_SHAPE, **_MAMBA2, mamba_d_ssm=64),
+    "granitemoehybrid": lambda: GraniteMoeHybridConfig(
+        **_SHAPE, **_MAMBA2, **_EXPERTS, **_LINEAR_THEN_FULL, shared_intermediate_size=32
+    ),
+    "zamba2": lambda: Zamba2Config(
+        **_SHAPE | {"num_key_value_heads": 4},
+        layers_block_type=["mamba", "hybrid"],
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        mamba_d_state=8,
+        attention_head_dim=16,
+        num_mem_blocks=1,
+    ),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **_SHAPE,
+        **_LINEAR_THEN_FULL,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+    "minimax": lambda: MiniMaxConfig(**_SHAPE, **_EXPERTS, **_LINEAR_THEN_FULL, head_dim=8, block_size=16),
+    "lfm2": lambda: Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
+    "recurrent_gemma": lambda: RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        lru_width=32,
+        attention_window_size=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "rwkv": lambda: RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=512
+    ),
+    "llama4": lambda: Llama4TextConfig(
+        **_SHAPE, head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=16
+    ),
+    # ... and attention that this package has not: position biases, sinks, no offsets, a window by mask alone.
+    "bloom": lambda: BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "gpt_oss": lambda: GptOssConfig(**_SHAPE, **_EXPERTS, head_dim=8, rope_parameters=_ROPE | {"rope_type": "default"}),
+    "nemotron": lambda: NemotronConfig(**_SHAPE),
+    "phimoe": lambda: PhimoeConfig(**_SHAPE, num_local_experts=2, num_experts_per_tok=2, sliding_window=8),
 }
 
 
-def make_model(kind: str = "llama", seed: int = 0) -> Any:
-    """A model of two layers with random float32 weights, larger than the usual initialisation so that leaks show."""
+def make_model(kind: str = "llama", seed: int = 0, *, scale: float = 0.2) -> Any:
+    """A model of two layers with random float32 weights, larger than the usual 0.02 so that leaks show."""
     torch.manual_seed(seed)
     config = CONFIGS[kind]()
-    config.initializer_range = 0.2
+    config.initializer_range = scale
     capped = getattr(config, "attn_logit_softcapping", None)  # SDPA would drop the cap
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
 
