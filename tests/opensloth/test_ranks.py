@@ -15,6 +15,8 @@ from measured import at_most
 from rank_scenarios import (
     BAD_STEP,
     CASES,
+    ERRONEOUS,
+    ERRORS,
     FEW,
     STEPS,
     checkpoint_of,
@@ -62,6 +64,13 @@ def test_ranks_train_as_one(trained: dict[int, list[Any]], case: str, world: int
             else:
                 at_most(claim, far, 1e-5)
             assert all(identical(rank[what][step], ranks[0][what][step]) for rank in ranks)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_of_ranks_is_seen_by_that(everything: tuple[Path, dict[int, list[Any]]], error: str) -> None:
+    found, expected = everything[1][2][0]["errors"][error], everything[1][1][0]["steps"][ERRONEOUS]
+    last = STEPS - 1
+    assert largest_distance(found["changes"][last], expected["changes"][last]) > 1e-3
 
 
 @pytest.mark.parametrize("world", SEVERAL)

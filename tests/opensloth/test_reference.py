@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from measured import at_most
 from torch import Tensor
 from train_rank import distance, history, largest_distance, make
+
+from opensloth.data import order
+from opensloth.trainer import SftTrainer
 
 DOCUMENTS = tiny.random_rows(52, longest=30, seed=4)
 OPTIONS: dict[str, Any] = {
@@ -42,10 +46,10 @@ def reference(rows: list[list[int]], rows_per_step: int, options: dict[str, Any]
     optimizer = torch.optim.AdamW(groups, eps=options["adam_epsilon"])
     total, warm = options["num_train_epochs"] * math.ceil(len(rows) / rows_per_step), options["warmup_steps"]
     for epoch in range(options["num_train_epochs"]):
-        order = np.random.default_rng((options["seed"], epoch)).permutation(len(rows))
+        drawn = np.random.default_rng((options["seed"], epoch)).permutation(len(rows))
         for begin in range(0, len(rows), rows_per_step):
             losses, targets = [], 0
-            for document in (d for row in order[begin : begin + rows_per_step] for d in rows[row]):
+            for document in (d for row in drawn[begin : begin + rows_per_step] for d in rows[row]):
                 ids, labels = (torch.tensor(DOCUMENTS[document][name]) for name in ("input_ids", "labels"))
                 logits = model(input_ids=ids[None]).logits[0, :-1]
                 losses.append(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
@@ -75,27 +79,90 @@ def test_every_step_is_that_of_a_plain_loop(tmp_path: Path, case: str, packed: b
     """Accumulation, two epochs, a short last step; packed and one document a row."""
     options = OPTIONS | CASES[case]
     trainer = make(tmp_path, DOCUMENTS, full=True, packed=packed, **options)
+    off = _distances(trainer, options)
+    for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 1e-12)):
+        at_most(f"a plain loop of forty lines, every step: {key}", off[key], bound)
+    at_most("a plain loop of forty lines, every step: how far each weight has moved", off["weights"], 1e-5)
+    assert (trainer.plan.shape.accumulation, trainer.plan.rows % trainer.plan.shape.rows_per_step > 0) == (4, True)
+    if options["max_grad_norm"]:
+        norms = [entry["grad_norm"] for entry in history(trainer)]
+        assert min(norms) > options["max_grad_norm"], "clipping is to be active"
+
+
+def _mean_of_means(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
+    accumulate, shape = trainer._objective.accumulate, trainer.plan.shape
+    trainer._objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
+        batch, len(batch.targets) * shape.accumulation, world
+    )
+
+
+def _clipped_before_the_sum(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
+    accumulate, objective = trainer._objective.accumulate, trainer._objective
+
+    def clipped(*arguments: Any) -> Tensor:
+        loss = accumulate(*arguments)
+        objective.clip(0.5)
+        return loss
+
+    objective.accumulate = clipped  # type: ignore[method-assign]
+
+
+def _decay_of_everything(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
+    for group in trainer._optimizer.param_groups:
+        group["weight_decay"] = 0.5
+
+
+def _the_schedule_a_step_ahead(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
+    trainer._scheduler.step()
+
+
+def _one_order_for_all_epochs(_: SftTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = order.epoch_order
+    monkeypatch.setattr(order, "epoch_order", lambda rows, seed, _, shuffle: draw(rows, seed, 0, shuffle=shuffle))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(
+    "error",
+    [
+        _mean_of_means,
+        _clipped_before_the_sum,
+        _decay_of_everything,
+        _the_schedule_a_step_ahead,
+        _one_order_for_all_epochs,
+    ],
+)
+def test_an_error_of_a_step_is_seen_by_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[SftTrainer, pytest.MonkeyPatch], None]
+) -> None:
+    options = OPTIONS | CASES["cosine, decay, clipped"]
+    trainer = make(tmp_path, DOCUMENTS, full=True, packed=False, **options)
+    error(trainer, monkeypatch)
+    assert _distances(trainer, options)["weights"] > 1e-3
+
+
+def _distances(trainer: SftTrainer, options: dict[str, Any]) -> dict[str, float]:
+    """The largest of all steps, of a training and the plain loop."""
     start = _weights(trainer)
     weights: list[dict[str, Tensor]] = []
     trainer._optimizer.register_step_post_hook(lambda *_: weights.append(_weights(trainer)))
     trainer.train()
-    rows, per_step = trainer._train_rows, trainer.plan.shape.rows_per_step
-    assert (trainer.plan.shape.accumulation, len(rows) % per_step > 0) == (4, True)
+    rows = trainer._train_rows
     documents = [rows.members[rows.plan.row(number)].tolist() for number in range(len(rows))]
-    expected, found = reference(documents, per_step, options), history(trainer)
+    expected, found = reference(documents, trainer.plan.shape.rows_per_step, options), history(trainer)
     assert len(found) == len(expected) == len(weights) == trainer.plan.total_steps
-    for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5), ("learning_rate", 1e-12)):
-        off = max(_off(a[key], b[key]) for a, b in zip(found, expected, strict=True))
-        at_most(f"a plain loop of forty lines, every step: {key}", off, bound)
+    off = {
+        key: max(_off(a[key], b[key]) for a, b in zip(found, expected, strict=True))
+        for key in ("loss", "grad_norm", "learning_rate")
+    }
+    off["weights"] = 0.0
     for mine, step in zip(weights, expected, strict=True):
         moved, should = ({name: tensor - start[name] for name, tensor in w.items()} for w in (mine, step["weights"]))
-        far = largest_distance(moved, should)
-        at_most("a plain loop of forty lines, every step: how far each weight has moved", far, 1e-5)
-    if options["max_grad_norm"]:
-        assert min(entry["grad_norm"] for entry in found) > options["max_grad_norm"], "clipping is to be active"
+        off["weights"] = max(off["weights"], largest_distance(moved, should))
+    return off
 
 
-def _weights(trainer: Any) -> dict[str, Tensor]:
+def _weights(trainer: SftTrainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from measured import at_most
-from rank_scenarios import RESUMED, TOTAL, resumed, taken_over, together
+from rank_scenarios import RESUMED, TOTAL, finish, resumed, stop_after, taken_over, together, uninterrupted
 from train_rank import identical, of_ranks
+
+from opensloth import checkpoint, optimizer, trainer
+from opensloth.data.order import RowOrder
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(400)]
 WORLDS = (1, 2, 4)
@@ -86,3 +89,33 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(
         pairs = [(a[key], b[key]) for a, b in zip(found, whole, strict=True) if key in b]
         off = max(abs(a - b) / b for a, b in pairs)
         at_most("resumed at another number of ranks: losses as uninterrupted, dropout off", off, 1e-6)
+
+
+def _forgetting(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Make resuming forget one thing."""
+    restore, rows = optimizer.restore, RowOrder.micro_batches
+
+    def forgetful(optimizer: Any, scheduler: Any, saved: dict[str, Any]) -> None:
+        kept = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        restore(optimizer, scheduler, saved | ({what: kept[what]} if what in kept else {}))
+
+    monkeypatch.setattr(trainer, "restore", forgetful)
+    if what == "random states":
+        monkeypatch.setattr(checkpoint, "set_random_state", lambda *_: None)
+    if what == "the epoch":
+        monkeypatch.setattr(RowOrder, "micro_batches", lambda self, step, rank: rows(self, step % 3, rank))
+    if what == "the place in the epoch":
+        monkeypatch.setattr(RowOrder, "micro_batches", lambda self, step, rank: rows(self, step - 4, rank))
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["nothing", "optimizer", "scheduler", "random states", "the epoch", "the place in the epoch"],
+)
+def test_what_resuming_forgets_is_seen_by_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    whole = uninterrupted(tmp_path / "whole", "adapter")
+    stop_after(tmp_path / "parts", "adapter", 4)
+    _forgetting(monkeypatch, what)
+    found = finish(tmp_path / "parts", "adapter", 4)
+    same = found["history"] == whole["history"], identical(found["weights"], whole["weights"])
+    assert same == ((True, True) if what == "nothing" else (False, False))

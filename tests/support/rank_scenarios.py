@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from train_rank import history, make, weights
 
 from opensloth import checkpoint
+from opensloth.dist import World
 from opensloth.errors import NonFiniteError, StopRequested
 from opensloth.trainer import SftTrainer
 
@@ -63,8 +64,9 @@ def five_steps(out: Path) -> dict[str, dict[str, Any]]:
     return {case: _recorded(out / case, **options) for case, options in CASES.items()}
 
 
-def _recorded(out: Path, **options: Any) -> dict[str, Any]:
+def _recorded(out: Path, error: Callable[[SftTrainer], None] = lambda _: None, **options: Any) -> dict[str, Any]:
     trainer = make(out, uneven_rows(), max_steps=STEPS, **options)
+    error(trainer)
     start = weights(trainer)
     gradients: list[dict[str, Tensor]] = []
     changes: list[dict[str, Tensor]] = []
@@ -80,6 +82,50 @@ def _recorded(out: Path, **options: Any) -> dict[str, Any]:
     trainer._optimizer.register_step_post_hook(after)
     trainer.train()
     return {"history": history(trainer), "gradients": gradients, "changes": changes, "targets": _own_targets(trainer)}
+
+
+ERRONEOUS = "full, one document a row"
+
+
+def _counts_of_one_rank(trainer: SftTrainer) -> None:
+    """Each rank divides by its own targets, times the ranks."""
+    accumulate, steps = trainer._objective.accumulate, iter(_own_targets(trainer))
+    begin, counts = trainer._objective.begin_step, [0]
+
+    def begin_step() -> None:
+        counts.append(next(steps))
+        begin()
+
+    trainer._objective.begin_step = begin_step  # type: ignore[method-assign]
+    trainer._objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
+        batch, counts[-1] * world.size, world
+    )
+
+
+def _clipped_before_the_sum(trainer: SftTrainer) -> None:
+    reduce, objective = trainer._objective.reduce, trainer._objective
+
+    def clipped(world: World) -> None:
+        objective.clip(1.0)
+        reduce(world)
+
+    objective.reduce = clipped  # type: ignore[method-assign]
+
+
+def _gradients_of_one_rank(trainer: SftTrainer) -> None:
+    trainer._objective.reduce = lambda world: None  # type: ignore[method-assign]
+
+
+ERRORS = {
+    "counts of one rank": _counts_of_one_rank,
+    "clipped before the sum": _clipped_before_the_sum,
+    "gradients of one rank": _gradients_of_one_rank,
+}
+
+
+def with_errors(out: Path) -> dict[str, dict[str, Any]]:
+    """As five_steps, of one case, with errors put in."""
+    return {name: _recorded(out / name, error, **CASES[ERRONEOUS]) for name, error in ERRORS.items()}
 
 
 def _own_targets(trainer: SftTrainer) -> list[int]:
@@ -127,7 +173,7 @@ def ranks(out: Path) -> dict[str, Any]:
     """All of test_ranks.py."""
     two = os.environ.get("WORLD_SIZE") == "2"
     found = {"steps": five_steps(out / "steps"), "few": too_few_rows(out / "few")}
-    return found | {"spoiled": not_finite(out / "spoiled") if two else None}
+    return found | ({"spoiled": not_finite(out / "spoiled"), "errors": with_errors(out / "errors")} if two else {})
 
 
 def not_finite(out: Path) -> dict[str, Any]:
@@ -228,9 +274,7 @@ def interrupted_everywhere(out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for case in RESUMED:
         folder = out / case
-        whole = _small(folder / "whole", case, save_strategy="no", save_steps=None)
-        whole.train()
-        found[case] = {"whole": _end(whole)}
+        found[case] = {"whole": uninterrupted(folder / "whole", case)}
         for step in range(1, TOTAL):
             found[case][f"stopped after {step}"] = _in_parts(folder / f"after-{step}", case, [step])
         found[case]["stopped after each"] = _in_parts(folder / "each", case, list(range(1, TOTAL)))
@@ -238,15 +282,33 @@ def interrupted_everywhere(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def uninterrupted(folder: Path, case: str) -> dict[str, Any]:
+    trainer = _small(folder, case, save_strategy="no", save_steps=None)
+    trainer.train()
+    return _end(trainer)
+
+
 def _in_parts(folder: Path, case: str, stops: list[int]) -> dict[str, Any]:
-    """Each part with a new model, as a new process has it, and with random states that are not the old ones."""
     for step in stops:
-        torch.manual_seed(1000 + step)
-        trainer = _small(folder, case)
-        _terminate_one_rank(trainer, step)
-        with pytest.raises(StopRequested, match=f"terminated after step {step} of"):
-            trainer.train(resume_from_checkpoint=True)
+        stop_after(folder, case, step)
+    return finish(folder, case, stops[-1])
+
+
+def stop_after(folder: Path, case: str, step: int) -> None:
+    """With a new model, as a new process has it, and with random states that are not the old ones."""
+    torch.manual_seed(1000 + step)
     trainer = _small(folder, case)
+    _terminate_one_rank(trainer, step)
+    with pytest.raises(StopRequested, match=f"terminated after step {step} of"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def finish(folder: Path, case: str, step: int) -> dict[str, Any]:
+    """Go on from the checkpoint of `step`, which is to be the newest."""
+    trainer = _small(folder, case)
+    newest = trainer.newest_checkpoint()
+    assert newest is not None
+    assert newest.name == f"step-{step:08d}"
     trainer.train(resume_from_checkpoint=True)
     return _end(trainer)
 
@@ -272,11 +334,9 @@ def _killed(folder: Path, case: str) -> dict[str, Any]:
 
     trainer = _small(folder, case)
     trainer._optimizer.register_step_pre_hook(vanish)
-    with contextlib.suppress(Killed):
+    with pytest.raises(Killed):
         trainer.train()
-    trainer = _small(folder, case)
-    trainer.train(resume_from_checkpoint=True)
-    return _end(trainer)
+    return finish(folder, case, 3)
 
 
 def resumed(out: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ collects that, by way of `train_rank.py SCENARIO OUT RANKS...`, which forks them
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import socket
 import subprocess
@@ -101,9 +102,11 @@ def history(trainer: SftTrainer) -> list[dict[str, float]]:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative L2 distance; nothing may be found where nothing is expected."""
-    difference = float((found.double() - expected.double()).norm())
-    return difference / float(expected.double().norm()) if difference else 0.0
+    """Relative L2 distance; infinite when something is found where nothing is expected."""
+    difference, size = float((found.double() - expected.double()).norm()), float(expected.double().norm())
+    if not difference:
+        return 0.0
+    return difference / size if size else math.inf
 
 
 def largest_distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
