@@ -1,13 +1,16 @@
 """Checkpoints: complete or absent, verified before use.
 
 `checkpoints/step-00000020/` holds the weights as peft or transformers load them, the optimizer, the schedule,
-the random state of every rank, and manifest.json, written last, with the size and hash of every other file.
+the random state of every rank, and manifest.json, written last, with the size and hash of every other file and
+a hash of itself.
 The folder is filled under another name, synced and renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import secrets
 import shutil
 import uuid
@@ -20,13 +23,16 @@ import torch
 
 from opensloth.contract import CHECKPOINT_PREFIX
 from opensloth.dist import World, barrier, sum_over_ranks
-from opensloth.files import read_json, sync_folder, sync_tree, write_json
+from opensloth.files import may_pass, read_json, sync_folder, sync_tree, write_json
 from opensloth.fingerprint import file_sha256
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
 RANDOM_STATE = "random-state-{rank}.pt"
 PREFIX = CHECKPOINT_PREFIX
+_OWN_NAME = re.compile(re.escape(PREFIX) + "[0-9]{8}")
+SEAL = "sha256"
+"""Key of the manifest: the hash of all its other keys. A flipped bit in `step` or `world` would resume elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Newest first."""
-        named = (path for path in self._folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+        named = (path for path in self._folder.glob(f"{PREFIX}*") if _OWN_NAME.fullmatch(path.name))
         return sorted((path for path in named if path.is_dir()), reverse=True)
 
     def _publish(self, aside: Path, final: Path, state: CheckpointState) -> None:
@@ -115,7 +121,8 @@ class Checkpoints:
             str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
         }
         sync_tree(aside)
-        write_json(aside / MANIFEST, {**vars(state), "files": listed})
+        content = {**vars(state), "files": listed}
+        write_json(aside / MANIFEST, {**content, SEAL: _seal_of(content)})
         self._fence()
         replaced = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.replaced.tmp")
         if final.exists():  # an earlier attempt got as far and was set back
@@ -148,10 +155,20 @@ def _save(tensors: Any, path: Path) -> None:
 
 
 def fault_in(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when it can."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest is None:
-        return "its manifest is missing or torn"
+    """Why a checkpoint cannot be resumed from; None when it can.
+
+    Raises OSError at a fault of the volume that may pass: the checkpoint may be whole.
+    """
+    try:
+        manifest = _manifest_of(folder)
+        return "its manifest is missing, torn or altered" if manifest is None else _fault_in_files(folder, manifest)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        return f"it cannot be read: {error.strerror}"
+
+
+def _fault_in_files(folder: Path, manifest: dict[str, Any]) -> str | None:
     if OPTIMIZER not in manifest["files"]:
         return "it holds the model only (save_only_model)"
     for name, expected in manifest["files"].items():
@@ -160,12 +177,30 @@ def fault_in(folder: Path) -> str | None:
             return f"{name} is missing or cut short"
         if file_sha256(path) != expected["sha256"]:
             return f"{name} does not match its hash"
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in manifest["files"]:
+            return f"{path.name} was not saved with it, and would be loaded"
     return None
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """The manifest less its seal; None when it is not as `save` wrote it."""
+    path = folder / MANIFEST
+    manifest = read_json(path) if path.is_file() else None  # a pipe of that name would be waited for
+    if not isinstance(manifest, dict):
+        return None
+    seal = manifest.pop(SEAL, None)
+    return manifest if seal == _seal_of(manifest) else None
+
+
+def _seal_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_state(folder: Path) -> CheckpointState:
     """What the manifest says; the checkpoint has been found whole."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = _manifest_of(folder)
+    assert manifest is not None, folder
     return CheckpointState(**{key: value for key, value in manifest.items() if key != "files"})
 
 

@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any | None:
     for _ in range(_STALE_READS):
         try:
             return json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return None
         except OSError as error:
             if error.errno != errno.ESTALE:

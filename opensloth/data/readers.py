@@ -228,7 +228,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as table:
             yield from _batches(table.iter_batches(batch_size=1024), str(path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
 
 
@@ -249,7 +249,7 @@ def _read_arrow(path: Path) -> Iterator[Row]:
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             yield from _batches(reader, str(path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise DataError(f"{path}: not a readable Arrow file ({_first_line(error)})") from error
 
 

@@ -104,6 +104,68 @@ def test_nothing_is_published_when_a_newer_attempt_has_started(tmp_path: Path) -
     assert names(tmp_path) == []
 
 
+# --- damaged ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["step", "plan", "rows_per_step", "world", "targets_seen", "files", "sha256"])
+def test_a_manifest_that_says_something_else_is_not_believed(tmp_path: Path, key: str) -> None:
+    """One flipped bit in `world`, and the random state would not be put back."""
+    good, newest = save(of(tmp_path), 1), save(of(tmp_path), 2)
+    manifest = json.loads((newest / checkpoint.MANIFEST).read_text())
+    manifest[key] = {int: 3, str: "x", dict: {"optimizer.pt": {"size": 1}}}[type(manifest[key])]
+    (newest / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    heard: list[str] = []
+    assert of(tmp_path).newest(heard.append) == good
+    assert heard == ["checkpoint step-00000002 is passed over: its manifest is missing, torn or altered"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"1", b"[" * 100_000, b"\xff", b'{"files": 1}'])
+def test_a_manifest_that_is_none(tmp_path: Path, content: bytes) -> None:
+    folder = save(of(tmp_path), 1)
+    (folder / checkpoint.MANIFEST).write_bytes(content)
+    assert fault_in(folder) == "its manifest is missing, torn or altered"
+
+
+def test_a_pipe_in_place_of_the_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    folder = save(of(tmp_path), 1)
+    (folder / checkpoint.MANIFEST).unlink()
+    os.mkfifo(folder / checkpoint.MANIFEST)
+    assert fault_in(folder) == "its manifest is missing, torn or altered"
+
+
+def test_weights_that_were_not_saved_with_it_are_not_loaded(tmp_path: Path) -> None:
+    folder = save(of(tmp_path), 1)
+    (folder / "README.md").write_text("notes of a person")
+    assert fault_in(folder) is None
+    save_file({"weight": torch.ones(10)}, folder / "zz.safetensors")
+    assert fault_in(folder) == "zz.safetensors was not saved with it, and would be loaded"
+
+
+@pytest.mark.parametrize("name", ["step-9", "step-٣", "step-000000009", "step-99999999999999999999"])
+def test_a_name_that_is_nearly_a_checkpoints_is_none(tmp_path: Path, name: str) -> None:
+    whole = save(of(tmp_path), 1)
+    shutil.copytree(whole, tmp_path / name)
+    assert of(tmp_path).newest(lambda _: None) == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_fault_of_the_volume_is_not_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What may pass is tried again by another attempt; going on from an older one would lose steps for nothing."""
+    folder = save(of(tmp_path), 1)
+
+    def refuse(_: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
+    if number == errno.EACCES:
+        assert fault_in(folder) == "it cannot be read: Permission denied"
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            fault_in(folder)
+
+
 # --- in place of others -------------------------------------------------------------------------------
 
 
@@ -144,7 +206,9 @@ def test_all_ranks_go_on_from_what_rank_0_has_found(tmp_path: Path, monkeypatch:
     assert main.newest(heard.append) == tmp_path / "step-00000003"
     assert said == [4.0]
     assert other.newest(heard.append) == tmp_path / "step-00000003"
-    assert heard == ["checkpoint step-00000005 is passed over: its manifest is missing or torn"], "once, by rank 0"
+    assert heard == ["checkpoint step-00000005 is passed over: its manifest is missing, torn or altered"], (
+        "once, by rank 0"
+    )
     for step in (3, 0):
         (tmp_path / f"step-{step:08d}" / checkpoint.OPTIMIZER).unlink()
     said.clear()

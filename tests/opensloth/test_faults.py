@@ -171,7 +171,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_log_says_so(
         (
             "adapter_model.safetensors does not match its hash",
             f"{OPTIMIZER} is missing or cut short",
-            "its manifest is missing or torn",
+            "its manifest is missing, torn or altered",
         ),
         strict=True,
     ):
