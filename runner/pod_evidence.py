@@ -34,7 +34,7 @@ def _pod(pod: Manifest) -> str | None:
 def _deletion(pod: Manifest) -> Iterator[str]:
     meta = pod["metadata"]
     if meta.get("deletionTimestamp"):
-        yield f"being deleted, its grace period ends {clock(meta['deletionTimestamp'])}"
+        yield f"being deleted, to be gone by {clock(meta['deletionTimestamp'])}"
     if meta.get("deletionTimestamp") and meta.get("finalizers"):
         yield f"finalizers: {', '.join(meta['finalizers'])}"
 
@@ -48,7 +48,7 @@ def _end(pod: Manifest) -> Iterator[str]:
         return
     yield f"container ended with {ended['exitCode']} ({ended.get('reason', 'Error')}) at {clock(ended['finishedAt'])}"
     limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory") if "spec" in pod else None
-    if limit:
+    if limit and ended.get("reason") == "OOMKilled":
         yield f"memory limit {limit}"
 
 

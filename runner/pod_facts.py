@@ -14,6 +14,8 @@ INDEX_LABEL: Final = "training.kubeflow.org/replica-index"
 TYPE_LABEL: Final = "training.kubeflow.org/replica-type"
 STUCK_SECONDS: Final = 60
 """A pod that is still there so long after its grace period will not leave by itself."""
+HELD_SECONDS: Final = 10
+"""The same where its container has ended and only finalizers are left."""
 MOUNT_FAILURES: Final = ("FailedMount", "FailedAttachVolume")
 """Events of a pod that starts and cannot: its object does not say so."""
 _ORDINARY: Final = ("ContainerCreating", "PodInitializing")
@@ -103,10 +105,12 @@ def wait_of(pod: Manifest, now: float, incidents: Sequence[Manifest] = ()) -> Wa
 def _leaving(pod: Manifest, now: float) -> Wait:
     meta = pod["metadata"]
     name, end = meta["name"], seconds(meta["deletionTimestamp"]) or now  # the end of its grace period
-    if now - end <= STUCK_SECONDS:
+    held_by = meta.get("finalizers")
+    has_ended = pod.get("status", {}).get("phase") in ("Failed", "Succeeded")
+    if now - end <= (HELD_SECONDS if held_by and has_ended else STUCK_SECONDS):
         return Wait(f"{name} is leaving", trouble=False)
     text = f"{name} is stuck: it should have left at {clock(end)}"
-    if held_by := meta.get("finalizers"):
+    if held_by:
         free = f"kubectl -n {meta.get('namespace', 'default')} patch pod {name} --type=merge"
         return Wait(
             f"{text}, and is held by its finalizer {', '.join(held_by)}",

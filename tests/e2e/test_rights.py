@@ -125,7 +125,9 @@ def test_events_need_their_right(
     cluster.kubectl("apply", "-f", "-", given=quota)
     try:
         cluster.kubectl("delete", "pod", *pods)
-        answer = cluster.oslo("status", run)
+        answer, told = cluster.oslo("status", run), cluster.oslo("why", run)
     finally:
         cluster.kubectl("delete", "resourcequota", "none")
     assert "you may not list events" in answer.err
+    assert "you may not list events" in told.err
+    assert (told.code, "is pending: 0 of 2 pods are there" in told.out) == (0, True)

@@ -343,6 +343,14 @@ def test_a_container_out_of_memory_is_named_with_its_limit() -> None:
     ]
 
 
+@pytest.mark.parametrize(("phase", "stuck"), [("Failed", True), ("Running", False)])
+def test_a_pod_that_only_its_finalizer_holds_is_stuck_sooner(phase: str, stuck: bool) -> None:
+    leaving = {"deletionTimestamp": "2027-01-15T07:59:45Z", "finalizers": ["example.com/hold"]}
+    told = told_of(job("Created", "Running"), MASTER, pod("worker", RUNS, phase, meta=leaving))
+    assert ("is stuck" in told.sentence) == stuck
+    assert ("is leaving" in told.sentence) != stuck
+
+
 def test_an_evicted_pod_says_so() -> None:
     evicted = pod("master", None, "Failed", reason="Evicted", message="The node was low on resource: memory.")
     told = told_of(job("Created", "Failed"), evicted)
