@@ -9,6 +9,8 @@ from torch import Tensor
 
 from opensloth.data.batch import Batch
 from opensloth.fused import operations
+from opensloth.fused.graphs import Graphs
+from opensloth.fused.inputs import Inputs, inputs_of
 from opensloth.fused.layer import Layer
 from opensloth.fused.operations import Documents
 
@@ -46,6 +48,7 @@ class FusedModel:
         staged = [projection.room_to_stage() for projection in self._layers[0].projections]
         for layer in self._layers:
             layer.use_staging(staged)
+        self._graphs = Graphs(self._run, self._head.device)
 
     def begin_step(self) -> None:
         """Take note of what the optimizer did to the adapters, and start their gradients at zero."""
@@ -67,16 +70,31 @@ class FusedModel:
 
         batch: flat, on the CPU.
         """
-        documents = self._documents(batch)
-        batch = batch.to(self._head.device)
-        x = self._embedding[batch.inputs["input_ids"][0]]
+        return self._graphs(self._staged(inputs_of(batch, scale)))
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
+        self._borders.run(add=False)
+        inputs = self._staged(inputs_of(batch, 0.0)).to(self._head.device)
+        x, documents = self._embedding[inputs.ids], self._documents(inputs)
+        for layer in self._layers:
+            x, _ = layer.forward(x, documents)
+        return self._loss(x, inputs, None)
+
+    def _staged(self, inputs: Inputs) -> Inputs:
+        return inputs.pinned() if self._head.is_cuda else inputs
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        """One batch, forward and backward; returns its sum of losses."""
+        x, documents = self._embedding[inputs.ids], self._documents(inputs)
         kept = []
         for layer in self._layers:
             x, of_layer = layer.forward(x, documents)
             kept.append(of_layer)
         tokens, width = x.shape
         dx = self._layers[-1].room_for_gradient(tokens)
-        loss = self._loss(x, batch, scale, dx[:, :width])
+        loss = self._loss(x, inputs, dx[:, :width])
         for i in reversed(range(len(self._layers))):
             before = self._layers[i - 1].room_for_gradient(tokens) if i else None
             self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
@@ -84,31 +102,15 @@ class FusedModel:
                 dx = before
         return loss
 
-    @torch.no_grad()
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the targets' losses, float32, nats. batch: flat, on any device."""
-        self._borders.run(add=False)
-        documents = self._documents(batch)
-        batch = batch.to(self._head.device)
-        x = self._embedding[batch.inputs["input_ids"][0]]
-        for layer in self._layers:
-            x, _ = layer.forward(x, documents)
-        return self._loss(x, batch, 0.0, None)
-
-    def _documents(self, batch: Batch) -> Documents:
-        device = self._head.device
-        offsets: Tensor = batch.inputs["document_offsets"].cpu()
-        positions: Tensor = batch.inputs["position_ids"].to(device, non_blocking=True)
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
+    def _documents(self, inputs: Inputs) -> Documents:
+        cos, sin = self._rotary(inputs.positions.new_empty(0, dtype=torch.float32), inputs.positions[None])
         half = cos.shape[-1] // 2
-        tiles = torch.from_numpy(operations.tiles_of(offsets.numpy())).to(device, non_blocking=True)
-        return Documents(
-            offsets.tolist(), tiles, cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
-        )
+        cos, sin = (turns[0, :, :half].float().contiguous() for turns in (cos, sin))
+        return Documents(inputs.offsets, inputs.tiles, cos, sin)
 
-    def _loss(self, x: Tensor, batch: Batch, scale: float, dx: Tensor | None) -> Tensor:
+    def _loss(self, x: Tensor, inputs: Inputs, dx: Tensor | None) -> Tensor:
         """x: the last layer's output, [T, D]; dx: its gradient, is written. Only targets go through the head."""
-        chosen = x[batch.predictors]
+        chosen = x[inputs.predictors]
         normed = torch.empty_like(chosen)
         rms = operations.rms_norm(chosen, self._norm.weight, self._norm.variance_epsilon, normed)
         size = max(1, self._logits_bytes // (self._head.shape[0] * self._head.element_size()))
@@ -117,12 +119,12 @@ class FusedModel:
         for begin in range(0, len(chosen), size):
             part = slice(begin, begin + size)
             logits = normed[part] @ self._head.T
-            total += operations.cross_entropy_(logits, batch.targets[part], scale).sum()
+            total += operations.cross_entropy_(logits, inputs.targets[part], inputs.scale).sum()
             if dx is not None:
                 torch.mm(logits, self._head, out=dnormed[part])
         if dx is not None:
             dchosen = torch.empty_like(chosen)
             operations.rms_norm_backward(dnormed, chosen, self._norm.weight, rms, None, dchosen)
             dx.zero_()
-            dx[batch.predictors] = dchosen
+            dx[inputs.predictors] = dchosen
         return total

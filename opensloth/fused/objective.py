@@ -34,7 +34,7 @@ class FusedObjective(Objective):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()
-        return self._fused.loss_sum(batch)
+        return self._fused.loss_sum(batch.to(torch.device("cpu")))
 
     def begin_step(self) -> None:
         self._fused.begin_step()

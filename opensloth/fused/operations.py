@@ -162,19 +162,19 @@ def attention_backward(
         dqkv[begin:end] = torch.cat([x.transpose(0, 1).flatten(1) for x in (ds @ k, dk, dv)], dim=1)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Float32 [n], nats; logits [n, V] become their gradient times `scale`."""
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Float32 [n], nats; logits [n, V] become their gradient times `scale`. A target of -100 counts for nothing."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.is_cuda:
         from opensloth.fused.kernels import cross_entropy as kernels
 
         kernels.cross_entropy_(logits, targets, scale, losses)
         return losses
-    wide = logits.float()
+    wide, counts = logits.float(), targets >= 0
     losses.copy_(F.cross_entropy(wide, targets, reduction="none"))
     gradient = wide.softmax(-1)
-    gradient[torch.arange(len(targets)), targets] -= 1
-    logits.copy_(gradient * scale)
+    gradient[torch.arange(len(targets)), targets.clamp(min=0)] -= 1
+    logits.copy_(gradient * (scale * counts)[:, None])
     return losses
 
 

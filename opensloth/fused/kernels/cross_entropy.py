@@ -10,10 +10,14 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, scale, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(
+    logits_ptr, targets_ptr, losses_ptr, scale_ptr, stride, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
     target = tl.load(targets_ptr + row)
+    counts = target >= 0
+    scale = tl.where(counts, tl.load(scale_ptr), 0.0)
     highest = -float("inf")
     total = 0.0
     for begin in range(0, VOCABULARY, BLOCK):
@@ -23,7 +27,8 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, scale, VOCABULAR
         total = total * tl.exp(highest - risen) + tl.sum(tl.exp(z - risen), 0)
         highest = risen
     lse = highest + tl.log(total)
-    tl.store(losses_ptr + row, lse - tl.load(logits + target).to(tl.float32))
+    said = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    tl.store(losses_ptr + row, tl.where(counts, lse - said, 0.0))
     tl.debug_barrier()  # the target's logit is read before its place is written
     for begin in range(0, VOCABULARY, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -33,8 +38,11 @@ def _cross_entropy(logits_ptr, targets_ptr, losses_ptr, stride, scale, VOCABULAR
         tl.store(logits + column, gradient.to(logits_ptr.dtype.element_ty), mask=ok)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, losses: Tensor) -> None:
-    """losses: float32 [n], nats, is written; logits [n, V] become their gradient times `scale`."""
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor, losses: Tensor) -> None:
+    """losses: float32 [n], nats, is written; logits [n, V] become their gradient times `scale`.
+
+    A negative target counts for nothing.
+    """
     _cross_entropy[(logits.shape[0],)](
-        logits, targets, losses, logits.stride(0), scale, VOCABULARY=logits.shape[1], BLOCK=_BLOCK, num_warps=8
+        logits, targets, losses, scale, logits.stride(0), VOCABULARY=logits.shape[1], BLOCK=_BLOCK, num_warps=8
     )

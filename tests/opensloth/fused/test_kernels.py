@@ -125,8 +125,11 @@ def test_cross_entropy() -> None:
 
     expected = torch.randn(11, 9000) * 3
     found, targets, losses = expected.clone(), torch.randint(0, 9000, (11,)), torch.empty(11)
-    expected_losses = operations.cross_entropy_(expected, targets, 0.3)
-    cross_entropy.cross_entropy_(found, targets, 0.3, losses)
+    targets[[3, 10]] = -100
+    scale = torch.tensor(0.3)
+    expected_losses = operations.cross_entropy_(expected, targets, scale)
+    cross_entropy.cross_entropy_(found, targets, scale, losses)
+    assert bool((found[[3, 10]] == 0).all() & (losses[[3, 10]] == 0).all())
     close(losses, expected_losses)
     close(found, expected)
 

@@ -1,0 +1,92 @@
+"""The tensors of one batch in shapes that come again: what is over is filled with tokens that count for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opensloth.data.batch import Batch
+from opensloth.data.documents import IGNORE
+from opensloth.fused.operations import tiles_of
+
+TOKENS = 256
+"""Steps in which the number of tokens grows, and the least of the steps of targets and tiles."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """ids, positions: int64 [T]. tiles: int32 [n, 3]. predictors, targets: int64 [m]. scale: float32 scalar.
+
+    offsets: where documents begin, and T.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    tiles: Tensor
+    predictors: Tensor
+    targets: Tensor
+    scale: Tensor
+    offsets: list[int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Equal for inputs that are computed by the same launches."""
+        return len(self.ids), len(self.tiles), len(self.targets)
+
+    def to(self, device: torch.device) -> Inputs:
+        """A copy on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def copy_(self, other: Inputs) -> None:
+        """Take over the values of `other`, which has the same shape."""
+        for name, tensor in self._tensors():
+            tensor.copy_(getattr(other, name), non_blocking=True)
+
+    def pinned(self) -> Inputs:
+        """A copy that a GPU fetches without waiting."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors()}
+        return dataclasses.replace(self, **changed)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
+
+
+def inputs_of(batch: Batch, scale: float) -> Inputs:
+    """batch: flat, on the CPU. scale: what the gradient of the sum of losses is multiplied with.
+
+    Padding is one more document without targets. The row's last token predicts nothing, so that predictors
+    without a target may point there.
+    """
+    offsets = batch.inputs["document_offsets"].tolist()
+    tokens = _up(offsets[-1], TOKENS)
+    over = tokens - offsets[-1]
+    if over:
+        offsets = [*offsets, tokens]
+    tiles = tiles_of(np.array(offsets))
+    targets = _up(len(batch.targets), max(TOKENS, tokens // 16))
+    return Inputs(
+        ids=_filled(batch.inputs["input_ids"][0], tokens, 0),
+        positions=torch.cat((batch.inputs["position_ids"][0], torch.arange(over))),
+        tiles=torch.from_numpy(np.pad(tiles, ((0, _up(len(tiles), TOKENS // 4) - len(tiles)), (0, 0)))),
+        predictors=_filled(batch.predictors, targets, tokens - 1),
+        targets=_filled(batch.targets, targets, IGNORE),
+        scale=torch.tensor(scale, dtype=torch.float32),
+        offsets=offsets,
+    )
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _filled(values: Tensor, length: int, value: int) -> Tensor:
+    return torch.cat((values, values.new_full((length - len(values),), value)))
