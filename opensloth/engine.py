@@ -34,9 +34,9 @@ def choose(
         from opensloth.fused.objective import FusedObjective
 
         recompute = bool(config.fast_model_args.use_gradient_checkpointing)
-        why = "asked for" if config.engine == "fused" else "it computes the same, faster"
+        why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
         return FusedObjective(model, autocast=autocast, recompute=recompute, beat=beat), why
     if config.engine == "fused":
         hint = "--set opensloth.engine=auto takes the next best"
-        raise ConfigError([Problem("opensloth.engine", f"fused cannot train this: {reason}", hint)])
-    return Objective(model, autocast=autocast, beat=beat), f"fused cannot train this: {reason}"
+        raise ConfigError([Problem("opensloth.engine", f"the fast path cannot train this: {reason}", hint)])
+    return Objective(model, autocast=autocast, beat=beat), f"the fast path cannot train this: {reason}"

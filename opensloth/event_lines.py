@@ -68,6 +68,10 @@ def _plan(event: Event) -> str:
     return "plan: " + ", ".join(f"{value:,} {name}" for name, value in counts.items() if value is not None)
 
 
+def _engine(event: Event) -> str:
+    return f"engine {event.get('engine')}: {event.get('reason')}"
+
+
 def _resumed(event: Event) -> str:
     return f"resumed at step {event.get('step')} from {event.get('checkpoint')}"
 
@@ -112,6 +116,7 @@ _RENDERERS: Final[Mapping[str, Any]] = {
     "note": _note,
     "check": _check,
     "plan": _plan,
+    "engine": _engine,
     "resumed": _resumed,
     "eval": _eval,
     "checkpoint": _checkpoint,

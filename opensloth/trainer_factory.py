@@ -127,6 +127,7 @@ def assemble(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in model.parameters()),
     )
+    events.emit("engine", engine=trainer.engine, reason=trainer.engine_reason)
     return trainer
 
 

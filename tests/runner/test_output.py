@@ -64,6 +64,7 @@ def test_columns_are_aligned_whatever_their_colour() -> None:
             "earlier start",
         ),
         ({"event": "plan", "rows": 1000, "total_steps": 50}, "plan: 1,000 rows, 50 steps"),
+        ({"event": "engine", "engine": "torch", "reason": "asked for"}, "engine torch: asked for"),
         ({"event": "resumed", "step": 7, "checkpoint": "c/7"}, "resumed at step 7 from c/7"),
         ({"event": "eval", "step": 7, "loss": 0.5}, "evaluation at step 7  loss 0.5"),
         ({"event": "checkpoint", "step": 7, "path": "c/7", "seconds": 1.26}, "checkpoint at step 7: c/7 in 1.3s"),

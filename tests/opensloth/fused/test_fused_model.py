@@ -182,8 +182,8 @@ def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
     model, rows = model_of("llama"), make_rows(documents(), 256, packed=True, pad_id=0)
     chosen, why = engine.choose(model, rows, config(), autocast=None)
     assert (chosen.engine, type(chosen)) == ("torch", Objective)
-    assert why == "fused cannot train this: there is no CUDA device"
-    with pytest.raises(ConfigError, match="fused cannot train this: there is no CUDA device"):
+    assert why == "the fast path cannot train this: there is no CUDA device"
+    with pytest.raises(ConfigError, match="the fast path cannot train this: there is no CUDA device"):
         engine.choose(model, rows, config(engine="fused"), autocast=None)
     assert engine.choose(model, rows, config(engine="torch"), autocast=None)[1] == "asked for"
 
