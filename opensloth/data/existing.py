@@ -11,7 +11,7 @@ from opensloth.data.built import BuiltData
 from opensloth.data.documents import Document
 from opensloth.data.epoch import count_epoch
 from opensloth.data.prepared import EVAL_DIR, TRAIN_DIR, PreparedDataset, part_folder, splits_of
-from opensloth.data.validate import check_fitness
+from opensloth.data.validate import check_fitness, suspects
 from opensloth.errors import DataError
 from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer, vocabulary_size
@@ -106,10 +106,12 @@ def _checked(folder: Path, part: str, config: RunConfig, vocabulary: int | None,
     """
     limit, drop = config.opensloth.fast_model_args.max_seq_length, config.opensloth.filter_overlength_samples
     data, place = PreparedDataset.open(folder, part), part_folder(folder, part) or folder
-    read, left_out = len(data), 0
-    for index in range(read):
-        document = Document(*data.stored_row(index))
-        left_out += check_fitness(document, f"{place}: row {index}", limit, vocabulary, drop)
+    read, left_out, first = len(data), 0, 0
+    for columns in data.batch_columns():
+        for index in (first + suspects(columns, limit, vocabulary)).tolist():
+            document = Document(*data.stored_row(index))
+            left_out += check_fitness(document, f"{place}: row {index}", limit, vocabulary, drop)
+        first += len(columns[0]) - 1
     if left_out == read:
         purpose = "train on" if part == TRAIN_DIR else "evaluate on"
         hint = "raise opensloth.fast_model_args.max_seq_length" if read else "is this the right folder?"

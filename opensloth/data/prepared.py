@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from opensloth.data.documents import IGNORE, Int32Array
-from opensloth.data.storage import LENGTHS_FILE, SOURCES_FILE, TARGETS_FILE, DocumentFiles
+from opensloth.data.documents import Int32Array
+from opensloth.data.storage import LENGTHS_FILE, SOURCES_FILE, TARGETS_FILE, BatchColumns, DocumentFiles, targets_of
 from opensloth.errors import DataError
 from opensloth.files import read_json
 
@@ -132,6 +132,10 @@ class PreparedDataset:
         """The same in the integer type of the file: ids that int32 cannot hold show as they are."""
         return self._files.row(index if self._numbers is None else int(self._numbers[index]))
 
+    def batch_columns(self) -> list[BatchColumns]:
+        """All documents of the files by record batch, also those that `max_length` leaves out."""
+        return self._files.batch_columns()
+
     def epoch_documents(self) -> Int64Array:
         """int64[m]: the documents of one epoch, repeated or left out by their dataset's weight; deterministic."""
         weights = [source["weight"] for source in self.info.get("sources", [])]
@@ -155,9 +159,5 @@ def _measure(files: DocumentFiles) -> tuple[Int32Array, Int32Array]:
     lengths, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for id_starts, _, label_starts, labels in files.batch_columns():
         lengths.append(np.diff(id_starts))
-        is_target = labels != IGNORE
-        first = label_starts[:-1][np.diff(label_starts) > 0]
-        is_target[first[first < len(labels)]] = False
-        before = np.concatenate(([0], np.cumsum(is_target)))
-        targets.append(before[label_starts[1:]] - before[label_starts[:-1]])
+        targets.append(targets_of(label_starts, labels))
     return np.concatenate(lengths).astype(np.int32), np.concatenate(targets).astype(np.int32)

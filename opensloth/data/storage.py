@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from opensloth.data.documents import Document, Int32Array
+from opensloth.data.documents import IGNORE, Document, Int32Array
 
 ARROW_FILE = "data-00000-of-00001.arrow"
 LENGTHS_FILE = "lengths.npy"
@@ -26,6 +26,9 @@ SOURCES_FILE = "sources.npy"
 
 TOKENS_PER_BATCH = 1 << 20
 """Documents are collected up to this many tokens (8 MiB) before they are written."""
+
+BatchColumns = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+"""Starts and values of input_ids, starts and values of labels; n documents have n + 1 starts."""
 
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _FEATURES = {name: {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"} for name in _SCHEMA.names}
@@ -116,7 +119,7 @@ class DocumentFiles:
     def __init__(self, files: list[Path]) -> None:
         """Raises pyarrow's errors when a file is not an Arrow stream, KeyError when a column is missing."""
         self._maps = [pa.memory_map(str(file)) for file in files]
-        self._batches: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+        self._batches: list[BatchColumns] = []
         firsts = [0]
         for source in self._maps:
             for batch in pa.ipc.open_stream(source):
@@ -138,8 +141,8 @@ class DocumentFiles:
         at = index - int(self._firsts[number])
         return ids[id_starts[at] : id_starts[at + 1]], labels[label_starts[at] : label_starts[at + 1]]
 
-    def batch_columns(self) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]:
-        """Per record batch: starts and values of input_ids, starts and values of labels."""
+    def batch_columns(self) -> list[BatchColumns]:
+        """One for each record batch, in the order of the documents."""
         return self._batches
 
 
@@ -154,3 +157,12 @@ def _list_column(batch: Any, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[A
     if column.null_count or column.values.null_count:
         raise TypeError(f"column '{name}' has nulls")
     return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def targets_of(label_starts: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """int64[n]: the targets of each document that a token before them predicts (`Document.targets`)."""
+    is_target = labels != IGNORE
+    first = label_starts[:-1][np.diff(label_starts) > 0]
+    is_target[first] = False
+    before = np.concatenate(([0], np.cumsum(is_target)))
+    return before[label_starts[1:]] - before[label_starts[:-1]]

@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from opensloth.data.validate import validate_rows
+from opensloth.data.documents import Document
+from opensloth.data.validate import check_fitness, suspects, validate_rows
 from opensloth.errors import DataError
 
 GOOD = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -66,3 +69,28 @@ def test_no_rows() -> None:
 
 def test_an_unknown_vocabulary_is_not_checked() -> None:
     assert check([{"input_ids": [1, 10**6], "labels": [1, 10**6]}], vocabulary=None).fit == 1
+
+
+TOKENS = st.tuples(st.sampled_from([0, 1, 5, 9, 9, 10, -1]), st.sampled_from([-100, 1, 5, 9, 9, 10, -1, -101]))
+DOCUMENTS = st.tuples(st.lists(TOKENS, max_size=5), st.sampled_from([0, 0, 0, 1]))
+"""Tokens with their labels, and how many labels are missing at the end."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(DOCUMENTS, max_size=8), st.sampled_from([10, 10, None]))
+def test_a_batch_of_documents_is_judged_as_each_alone(
+    documents: list[tuple[list[tuple[int, int]], int]], vocabulary: int | None
+) -> None:
+    pairs = [([i for i, _ in tokens], [j for _, j in tokens[missing:]]) for tokens, missing in documents]
+    columns: list[Any] = []
+    for side in zip(*pairs, strict=True) if pairs else ([], []):
+        columns += [np.cumsum([0, *map(len, side)]), np.array([i for values in side for i in values], dtype=np.int64)]
+    alone = []
+    for i, pair in enumerate(pairs):
+        document = Document(*(np.array(values, dtype=np.int64) for values in pair))
+        try:
+            if check_fitness(document, "", 4, vocabulary, drop_overlength=True):
+                alone.append(i)
+        except DataError:
+            alone.append(i)
+    assert suspects(tuple(columns), 4, vocabulary).tolist() == alone
