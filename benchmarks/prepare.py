@@ -1,10 +1,11 @@
 """Rows per second from a JSON-lines file to a prepared dataset: oslo beside TRL, interleaved, on the same rows.
 
-    python benchmarks/prepare.py [--rows 20000] [--repeat 3]
+    python benchmarks/prepare.py [--data FILE] [--rows 7473] [--repeat 3] [--output FILE]
 
-Both tokenise the same conversations with the same tokenizer and mask all but what the assistant says: oslo as
-`python -m opensloth.data build` does it, imports left out; TRL by prompt and completion, the masks of its own
-that are exact without generation tags, with its best of one and two processes.
+All tokenise the same conversations with the same tokenizer, each in a fresh process, imports left out. oslo is timed
+as `python -m opensloth.data build`: the tokenizer is loaded, the file hashed, the documents written and synchronised.
+Of TRL's SFT trainer only the reading of the file and the preparation itself are timed. By prompt and completion it
+masks as oslo does, which is checked first; plain messages it does not mask at all.
 """
 
 # ruff: noqa: T201 (printing is for the person who runs this)
@@ -12,49 +13,28 @@ that are exact without generation tags, with its best of one and two processes.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
+import workload
 
-
-def write_rows(path: Path, count: int) -> None:
-    """The quickstart's conversations, over and over, each with a number of its own."""
-    rows = [json.loads(line) for line in (QUICKSTART / "data" / "train.jsonl").read_text().splitlines()]
-    with path.open("w") as stream:
-        for i in range(count):
-            *before, user, answer = rows[i % len(rows)]["messages"]
-            numbered = {**user, "content": f"{user['content']} (order {i})"}
-            stream.write(json.dumps({"messages": [*before, numbered, answer]}) + "\n")
+CHECKED_ROWS = 500
+OSLO = "oslo"
+PAIRS = "TRL prompt/completion"
+MESSAGES = "TRL messages"
+WANTED = {PAIRS: 3.0, MESSAGES: 2.0}
+CONTESTANTS = [OSLO, *(f"{what}, {n} {'process' if n == 1 else 'processes'}" for what in WANTED for n in (1, 2))]
 
 
-def oslo(data: Path, model: Path, cache: Path) -> float:
-    """Seconds of one build into an empty cache."""
-    from opensloth import run_config
-    from opensloth.data.build import build
-
-    config, problems = run_config.check(
-        {
-            "name": "bench",
-            "opensloth": {"data_cache_path": str(cache), "fast_model_args": {"model_name": str(model)}},
-            "dataset": {"path": str(data)},
-        }
-    )
-    assert config is not None, problems
-    started = time.perf_counter()
-    build(config, lambda *_, **__: None)
-    return time.perf_counter() - started
-
-
-def trl(data: Path, model: Path, processes: int | None) -> float:
-    """Seconds in which TRL's SFT trainer reads and prepares the file."""
+def trl_prepared(data: Path, model: Path, what: str, processes: int) -> tuple[float, Any]:
+    """Seconds in which TRL reads the file and prepares it, and the dataset that comes of it."""
     from datasets import Dataset, disable_caching, disable_progress_bars
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -63,39 +43,124 @@ def trl(data: Path, model: Path, processes: int | None) -> float:
     disable_progress_bars()
     shape = AutoConfig.from_pretrained(model, num_hidden_layers=1, hidden_size=64, intermediate_size=64, head_dim=8)
     arguments = SFTConfig(
-        output_dir=str(data.parent / "trl"), max_length=4096, dataset_num_proc=processes, use_cpu=True, bf16=False
+        output_dir=str(data.parent / "trl"),
+        max_length=4096,
+        dataset_num_proc=processes if processes > 1 else None,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
     )
     tiny, tokenizer = AutoModelForCausalLM.from_config(shape), AutoTokenizer.from_pretrained(model)
+    spent = 0.0
+
+    class Timed(SFTTrainer):
+        def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            prepared = super()._prepare_dataset(*args, **kwargs)
+            spent += time.perf_counter() - started
+            return prepared
+
     started = time.perf_counter()
     rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
-    pairs = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
-    SFTTrainer(model=tiny, args=arguments, train_dataset=pairs, processing_class=tokenizer)
-    return time.perf_counter() - started
+    if what == PAIRS:
+        dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    else:
+        dataset = Dataset.from_list([{"messages": row} for row in rows])
+    spent += time.perf_counter() - started
+    trainer = Timed(model=tiny, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    return spent, trainer.train_dataset
+
+
+def check_masks(data: Path, model: Path, folder: Path) -> str:
+    """Compare ids and labels, document by document; raises SystemExit where they differ.
+
+    SmolLM2's template ends a turn with a stop token and a line end. TRL trains both, oslo the stop token alone.
+    """
+    from opensloth.data.prepared import PreparedDataset
+
+    ours = PreparedDataset.open(workload.build(data, model, folder)["path"])
+    _, theirs = trl_prepared(data, model, PAIRS, 1)
+    if len(ours) != len(theirs):
+        raise SystemExit(f"oslo made {len(ours)} documents, TRL {len(theirs)}")
+    line_ends = 0
+    for i, row in enumerate(theirs):
+        ids, labels = (column.tolist() for column in ours.row(i))
+        if row["labels"][-1] != labels[-1] == -100:
+            row["labels"][-1] = -100
+            line_ends += 1
+        if (ids, labels) != (row["input_ids"], row["labels"]):
+            raise SystemExit(f"row {i}: the documents differ")
+    return f"{len(ours)} documents equal, ids and labels; of {line_ends} TRL trains the line end after the stop token"
+
+
+def worker(name: str, data: Path, model: Path, folder: Path) -> None:
+    """One measurement, in a process of its own."""
+    if name == OSLO:
+        seconds = workload.build(data, model, folder / "cache")["seconds"]
+    else:
+        what, _, processes = name.partition(", ")
+        seconds, _ = trl_prepared(data, model, what, int(processes.split()[0]))
+    print(json.dumps({"seconds": seconds}))
+
+
+def report(rows: int, source: str, checked: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: medians with their ranges, and the ratios of each round, which a busy machine changes least."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("opensloth", "trl", "transformers", "tokenizers"))
+    date = f"{dt.datetime.now(tz=dt.UTC):%Y-%m-%d}"
+    lines = [
+        f"{date}, {workload.processor()}, {os.cpu_count()} cores, {versions}.",
+        f"{rows:,} rows of {source}, SmolLM2's tokenizer, {len(runs[OSLO])} rounds. Masks: {checked}.",
+        "",
+        "| | rows/s, median (range) | peak memory, MiB |",
+        "|---|---|---|",
+    ]
+    for name, taken in runs.items():
+        rates = [rows / one["seconds"] for one in taken]
+        peak = max(one["peak_bytes"] for one in taken) / 2**20
+        middle = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+        lines.append(f"| {name} | {middle} | {peak:,.0f} |")
+    lines += ["", "| oslo, times TRL's best in the same round | wanted | median (range) |", "|---|---|---|"]
+    for what, wanted in WANTED.items():
+        of_what = [taken for name, taken in runs.items() if name.startswith(what)]
+        ratios = [
+            min(one["seconds"] for one in theirs) / ours["seconds"]
+            for ours, *theirs in zip(runs[OSLO], *of_what, strict=True)
+        ]
+        middle = statistics.median(ratios)
+        lines.append(f"| {what} | {wanted:.1f} | {middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rows prepared per second, oslo beside TRL.")
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=workload.ROWS, help="JSON lines; default: the quickstart's rows")
+    parser.add_argument("--rows", type=int, default=7473, help="repeated with a number where the file has fewer")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; in each one everybody has a turn")
+    parser.add_argument("--output", type=Path, help="where the report is written as well")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    from prepare_model import cache_folder, prepare
-
-    model = prepare(cache_folder())
-    seconds: dict[str, list[float]] = {"oslo": [], "TRL, 1 process": [], "TRL, 2 processes": []}
+    if arguments.worker:
+        name, *paths = arguments.worker
+        worker(name, *map(Path, paths))
+        return
+    model = workload.quickstart_model()
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.jsonl"
-        write_rows(data, arguments.rows)
+        sample, data = Path(folder) / "sample.jsonl", Path(folder) / "train.jsonl"
+        workload.write_rows(arguments.data, sample, min(CHECKED_ROWS, arguments.rows))
+        checked = check_masks(sample, model, Path(folder) / "sample")
+        workload.write_rows(arguments.data, data, arguments.rows)
         for turn in range(arguments.repeat):
-            seconds["oslo"].append(oslo(data, model, Path(folder) / f"cache-{turn}"))
-            seconds["TRL, 1 process"].append(trl(data, model, None))
-            seconds["TRL, 2 processes"].append(trl(data, model, 2))
-    print(f"{arguments.rows} rows, {os.cpu_count()} cores, median of {arguments.repeat} (range), rows per second")
-    medians = {name: arguments.rows / statistics.median(taken) for name, taken in seconds.items()}
-    for name, taken in seconds.items():
-        slowest, fastest = arguments.rows / max(taken), arguments.rows / min(taken)
-        print(f"  {name:18} {medians[name]:8,.0f}  ({slowest:,.0f} to {fastest:,.0f})")
-    best = max(rate for name, rate in medians.items() if name.startswith("TRL"))
-    print(f"  oslo / best TRL    {medians['oslo'] / best:8.2f}")
+            for name in (*CONTESTANTS[turn:], *CONTESTANTS[:turn]):
+                found = workload.measured("prepare.py", "--worker", name, data, model, Path(folder) / f"{turn}")
+                runs[name].append(found)
+                print(f"{name}: {arguments.rows / found['seconds']:,.0f} rows/s", flush=True)
+    source = "the quickstart" if arguments.data == workload.ROWS else arguments.data.name
+    text = report(arguments.rows, source, checked, runs)
+    print("\n" + text)
+    if arguments.output:
+        arguments.output.write_text(text)
 
 
 if __name__ == "__main__":
