@@ -9,8 +9,10 @@ from torch import nn
 
 from opensloth.data.training_data import Rows
 from opensloth.errors import ConfigError, Problem
+from opensloth.fused.keeping import Keep, roomiest
 from opensloth.fused.support import reason_against
-from opensloth.opensloth_config import OpenSlothConfig
+from opensloth.model import base_of
+from opensloth.opensloth_config import FastModelArgs, OpenSlothConfig
 from opensloth.step import Objective
 
 
@@ -19,6 +21,7 @@ def choose(
     rows: Rows,
     config: OpenSlothConfig,
     *,
+    rows_per_batch: int,
     autocast: torch.dtype | None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[Objective, str]:
@@ -33,10 +36,19 @@ def choose(
     if reason is None:
         from opensloth.fused.objective import FusedObjective
 
-        recompute = bool(config.fast_model_args.use_gradient_checkpointing)
+        keep = _keep(model, config.fast_model_args, rows_per_batch * rows.capacity)
         why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
-        return FusedObjective(model, autocast=autocast, recompute=recompute, beat=beat), why
+        return FusedObjective(model, autocast=autocast, keep=keep, beat=beat), f"{why}; keeps {keep.value}"
     if config.engine == "fused":
         hint = "--set opensloth.engine=auto takes the next best"
         raise ConfigError([Problem("opensloth.engine", f"the fast path cannot train this: {reason}", hint)])
     return Objective(model, autocast=autocast, beat=beat), f"the fast path cannot train this: {reason}"
+
+
+def _keep(model: nn.Module, args: FastModelArgs, tokens: int) -> Keep:
+    """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" those in host memory."""
+    asked = args.use_gradient_checkpointing
+    if asked == "auto":
+        free, _ = torch.cuda.mem_get_info()
+        return roomiest(base_of(model).config, tokens, free)
+    return {False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked]

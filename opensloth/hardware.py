@@ -17,6 +17,7 @@ from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.run_config import RunConfig
 
 PLAIN_OPTIMIZER = "adamw_torch"
+_RECOMPUTE = "opensloth.fast_model_args.use_gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,6 @@ def _replaced(config: RunConfig, hardware: Hardware) -> RunConfig:
         config.training.__dict__["bf16"] = hardware.bf16
     model = config.opensloth.fast_model_args
     if isinstance(model.use_gradient_checkpointing, str):
-        model.__dict__["use_gradient_checkpointing"] = hardware.cuda > 0
+        asked = _RECOMPUTE in config.explicit and model.use_gradient_checkpointing
+        model.__dict__["use_gradient_checkpointing"] = (asked or "auto") if hardware.cuda else False
     return config

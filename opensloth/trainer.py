@@ -94,7 +94,12 @@ class SftTrainer:
         broadcast_parameters(self._parameters, world)
         autocast = torch.bfloat16 if self._training.bf16 else None
         self._objective, why = engine.choose(
-            model, train_rows, config.opensloth, autocast=autocast, beat=place.pulse.beat
+            model,
+            train_rows,
+            config.opensloth,
+            rows_per_batch=self.plan.shape.per_device,
+            autocast=autocast,
+            beat=place.pulse.beat,
         )
         self.engine, self.engine_reason = self._objective.engine, why
         arguments = transformers_arguments(self._training, place.final, config.name)

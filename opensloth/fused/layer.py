@@ -47,9 +47,9 @@ class Expanded:
 
 @dataclass
 class Kept:
-    """What a layer keeps: its input alone, when the rest is computed again."""
+    """What a layer keeps: its input alone when the rest is computed again; that may be put elsewhere meanwhile."""
 
-    x: Tensor
+    x: Tensor | None
     attended: Attended | None = None
     expanded: Expanded | None = None
 
@@ -105,9 +105,11 @@ class Layer:
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
-        tokens = len(kept.x)
+        tokens = len(dz)
         attended, y = kept.attended, kept.expanded.y if kept.expanded else None
         if attended is None or y is None:
+            if kept.x is None:
+                raise RuntimeError("a layer's input was put away and not brought back")
             attended, y = self._attend(kept.x, documents)
         dy = self._out.room_for_gradient(tokens)
         for rows in self._chunks(tokens):

@@ -11,12 +11,14 @@ from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of
-from opensloth.fused.layer import Layer
+from opensloth.fused.keeping import Keep
+from opensloth.fused.layer import Kept, Layer
 from opensloth.fused.operations import Documents
+from opensloth.fused.parking import Parking
 
 LOGITS_BYTES = 1 << 30
-"""Room for logits at a time; half of it where memory is being saved."""
-MLP_BYTES = 1 << 29
+"""Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
+MLP_BYTES = 1 << 30
 """Room for what an MLP makes and its gradients, where they are made in parts: about 12 bytes a token and column."""
 
 
@@ -26,16 +28,18 @@ class FusedModel:
     See `opensloth.fused.support` for which models; others are not to be given.
     """
 
-    def __init__(self, base: Any, *, recompute: bool, chunk: int | None = None) -> None:
-        """recompute: as for `Layer`. chunk: likewise; None: as many tokens as MLP_BYTES hold."""
+    def __init__(self, base: Any, *, keep: Keep, chunk: int | None = None) -> None:
+        """chunk: tokens of an MLP at a time where it is computed again; None: as many as MLP_BYTES hold."""
         decoder = base.model
         self._embedding: Tensor = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm
         self._head: Tensor = base.lm_head.weight
-        self._logits_bytes = LOGITS_BYTES // 2 if recompute else LOGITS_BYTES
-        chunk = chunk or max(1024, MLP_BYTES // (12 * base.config.intermediate_size) // 1024 * 1024)
-        self._layers = [Layer(m, recompute=recompute, chunk=chunk) for m in decoder.layers]
+        scarcity = {Keep.ALL: 1, Keep.INPUTS: 2, Keep.HOST: 4}[keep]
+        self._logits_bytes = LOGITS_BYTES // scarcity
+        chunk = chunk or max(1024, MLP_BYTES // scarcity // (12 * base.config.intermediate_size) // 1024 * 1024)
+        self._layers = [Layer(m, recompute=keep is not Keep.ALL, chunk=chunk) for m in decoder.layers]
+        self._parking = Parking(self._head.device) if keep is Keep.HOST else None
 
         projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for projection in projections for entry in projection.borders()])
@@ -89,18 +93,33 @@ class FusedModel:
         """One batch, forward and backward; returns its sum of losses."""
         x, documents = self._embedding[inputs.ids], self._documents(inputs)
         kept = []
-        for layer in self._layers:
+        for i, layer in enumerate(self._layers):
             x, of_layer = layer.forward(x, documents)
             kept.append(of_layer)
+            self._park(i, of_layer)
         tokens, width = x.shape
         dx = self._layers[-1].room_for_gradient(tokens)
         loss = self._loss(x, inputs, dx[:, :width])
+        del x
+        self._fetch(len(kept) - 1)
         for i in reversed(range(len(self._layers))):
+            if self._parking:
+                kept[-1].x = self._parking.take(i)
+            self._fetch(i - 1)
             before = self._layers[i - 1].room_for_gradient(tokens) if i else None
             self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
             if before is not None:
                 dx = before
         return loss
+
+    def _park(self, layer: int, kept: Kept) -> None:
+        if self._parking and kept.x is not None:
+            self._parking.put(layer, kept.x)
+            kept.x = None
+
+    def _fetch(self, layer: int) -> None:
+        if self._parking and layer >= 0:
+            self._parking.fetch(layer)
 
     def _documents(self, inputs: Inputs) -> Documents:
         cos, sin = self._rotary(inputs.positions.new_empty(0, dtype=torch.float32), inputs.positions[None])

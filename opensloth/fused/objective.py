@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opensloth.data.batch import Batch
 from opensloth.dist import World
+from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
 from opensloth.model import base_of
 from opensloth.step import Objective
@@ -25,12 +26,11 @@ class FusedObjective(Objective):
         model: nn.Module,
         *,
         autocast: torch.dtype | None,
-        recompute: bool,
+        keep: Keep,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """recompute: keep only the layers' inputs for the backward pass."""
         super().__init__(model, autocast=autocast, beat=beat)
-        self._fused = FusedModel(base_of(model), recompute=recompute)
+        self._fused = FusedModel(base_of(model), keep=keep)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()

@@ -17,6 +17,7 @@ from opensloth.data.order import RowOrder
 from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
+from opensloth.fused.keeping import Keep, roomiest
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
 from opensloth.fused.support import reason_against, reason_against_model
@@ -72,15 +73,15 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), least) for n in expected)
 
 
-@pytest.mark.parametrize("chunk", [None, 37])
+@pytest.mark.parametrize("keep", Keep)
 @pytest.mark.parametrize("targets", [ALL, SOME], ids=["all", "some"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], chunk: int | None) -> None:
-    """With a chunk everything but the layers' inputs is computed again, the MLP in parts."""
+def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keep: Keep) -> None:
+    """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     model, batch = model_of(kind, targets=targets), packed(documents())
     loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
-    fused = FusedModel(base_of(model), recompute=chunk is not None, chunk=chunk)
+    fused = FusedModel(base_of(model), keep=keep, chunk=37)
     fused.begin_step()
     found = fused.accumulate(batch, 1 / count).item()
     at_most("the fast path's loss is autograd's", abs(found / loss - 1), 1e-6)
@@ -98,7 +99,7 @@ def test_a_leak_is_seen(mutation: str) -> None:
     else:  # the scores of plain rotary embeddings cannot see it: it is the turns themselves that differ
         ends = batch.inputs["document_offsets"][1:-1].long()
         batch.inputs["position_ids"][0, ends] += 1
-    fused = FusedModel(base_of(model), recompute=False)
+    fused = FusedModel(base_of(model), keep=Keep.ALL)
     fused.begin_step()
     fused.accumulate(batch, 1 / count)
     assert distance(gradients(model), expected) > 100 * BOUND
@@ -108,13 +109,13 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
     model, batch = model_of("qwen2"), packed(documents())
     before = Objective(model, autocast=None).loss_sum(batch).item()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedModel(base_of(model), recompute=False)
+    FusedModel(base_of(model), keep=Keep.ALL)
     assert Objective(model, autocast=None).loss_sum(batch).item() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_steps_of_several_batches_train_as_the_plain_engine_does(recompute: bool) -> None:
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUTS])
+def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep) -> None:
     """Clipping bites; the last step is short; what the optimizer did is seen by the next step."""
     rows = make_rows(documents(30), 256, packed=True, pad_id=0)
     order = RowOrder(len(rows), BatchShape(1, 3, 1), seed=0)
@@ -122,9 +123,7 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(recompute: bool
     def train(fast: bool) -> tuple[list[float], list[float], list[torch.Tensor]]:
         model = model_of("llama")
         parameters = trainable_parameters(model)
-        objective = (
-            FusedObjective(model, autocast=None, recompute=recompute) if fast else Objective(model, autocast=None)
-        )
+        objective = FusedObjective(model, autocast=None, keep=keep) if fast else Objective(model, autocast=None)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         losses, norms = [], []
         for step in range(order.steps_per_epoch):
@@ -149,7 +148,7 @@ def test_documents_of_a_few_tokens_and_of_one() -> None:
     model, batch = model_of("llama"), packed(tiny.Documents(rows))
     loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
-    fused = FusedModel(base_of(model), recompute=False)
+    fused = FusedModel(base_of(model), keep=Keep.ALL)
     fused.begin_step()
     assert fused.accumulate(batch, 1 / count).item() == pytest.approx(loss, rel=1e-6)
     assert distance(gradients(model), expected) < BOUND
@@ -180,12 +179,12 @@ def test_models_that_it_does_not_know(kind: str, changes: dict[str, Any], reason
 
 def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
     model, rows = model_of("llama"), make_rows(documents(), 256, packed=True, pad_id=0)
-    chosen, why = engine.choose(model, rows, config(), autocast=None)
+    chosen, why = engine.choose(model, rows, config(), rows_per_batch=1, autocast=None)
     assert (chosen.engine, type(chosen)) == ("torch", Objective)
     assert why == "the fast path cannot train this: there is no CUDA device"
     with pytest.raises(ConfigError, match="the fast path cannot train this: there is no CUDA device"):
-        engine.choose(model, rows, config(engine="fused"), autocast=None)
-    assert engine.choose(model, rows, config(engine="torch"), autocast=None)[1] == "asked for"
+        engine.choose(model, rows, config(engine="fused"), rows_per_batch=1, autocast=None)
+    assert engine.choose(model, rows, config(engine="torch"), rows_per_batch=1, autocast=None)[1] == "asked for"
 
 
 @pytest.mark.parametrize(
@@ -203,3 +202,12 @@ def test_adapters_that_it_does_not_know(
         model.to(torch.bfloat16)
     found = reason_against(model, packed=True, longest_document=64, autocast=None)
     assert (reason in (found or "")) if reason else found is None
+
+
+def test_what_is_kept_is_as_much_as_fits() -> None:
+    """A model of 24 layers of 100 kB a token: 8,192 tokens keep 20 GB."""
+    shape = tiny.CONFIGS["qwen2"]()
+    shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size = 24, 1024, 20480
+    shape.num_attention_heads = shape.num_key_value_heads = 16
+    kept = [roomiest(shape, 8192, gigabytes << 30) for gigabytes in (32, 20, 2, 0)]
+    assert kept == [Keep.ALL, Keep.INPUTS, Keep.INPUTS, Keep.HOST]
