@@ -59,7 +59,7 @@ class Events:
         """Write one event; numbers that are not finite become null."""
         record = {"event": event, "time": round(time.time(), 3), "seq": self._seq}
         record |= {"rank": self._rank, "attempt": self._attempt}
-        record |= {key: _finite(value) for key, value in fields.items()}
+        record |= {key: finite(value) for key, value in fields.items()}
         self._seq += 1
         line = json.dumps(record, allow_nan=False, ensure_ascii=False)
         _write_all(self._descriptor, (line + "\n").encode())
@@ -106,5 +106,6 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value; None when it is a number that JSON has no word for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,7 @@ from opensloth.data.build import build
 from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.dist import World, barrier, join_world, leave_world
 from opensloth.errors import OpenSlothError
-from opensloth.events import Events, NullEvents
+from opensloth.events import Events, NullEvents, finite
 from opensloth.files import MAKE_ROOM, fault_of_volume, may_pass, sync_tree, write_json
 from opensloth.launch import volume
 from opensloth.launch.ending import Ending
@@ -178,7 +178,7 @@ def _report(result: TrainResult) -> dict[str, Any]:
     return {
         "steps": result.steps,
         "loss": result.loss,
-        "eval_loss": result.eval_loss,
+        "eval_loss": finite(result.eval_loss),
         "target_tokens": result.target_tokens,
         "seconds": round(result.seconds, 1),
     }

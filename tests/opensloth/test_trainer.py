@@ -24,6 +24,7 @@ from opensloth.errors import ConfigError, DataError, NonFiniteError, StopRequest
 from opensloth.files import create_json
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
 from opensloth.orders import Orders
+from opensloth.train import _report
 from opensloth.trainer import SftTrainer
 from opensloth.trainer_factory import create_sft_trainer
 
@@ -323,6 +324,7 @@ def test_an_evaluation_that_is_not_finite_is_said_and_stops_nothing(tmp_path: Pa
     result = made.train()
     assert result.steps == STEPS
     assert math.isfinite(result.loss or math.nan)
+    assert json.dumps(_report(result), allow_nan=False), "report.json is to be JSON"
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["loss"] for event in events if event["event"] == "eval"] == [None, None]
     warned = [event["message"] for event in events if event["event"] == "note"]
