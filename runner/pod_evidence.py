@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from runner.cluster_status import JobFacts
+from runner.cluster_status import JobFacts, is_over, is_true
 from runner.pod_facts import Manifest, clock, container_status
 
 _EVENTS: Final = 3
 """So many events are told of, the latest first."""
-_JOB_EVENTS: Final = ("ExitedWithCode", "PyTorchJobFailed", "FailedCreatePod")
-"""Of the job's own events those that tell something; several of them are of type Normal."""
+_EXITED: Final = "ExitedWithCode"
+_JOB_EVENTS: Final = (_EXITED, "FailedCreatePod")
+"""Of the job's own events those that tell something; _EXITED of pods that are gone, which leave no other trace."""
 
 
 def seen(facts: JobFacts) -> list[str]:
-    """Pods that are not simply there and run, then events."""
+    """Pods that are not simply there and run, then events; nothing of a run that has succeeded."""
+    if is_true(facts.job, "Succeeded"):
+        return []
     pods = [line for pod in facts.pods if (line := _pod(pod))]
     return [*pods, *_events(facts)]
 
@@ -54,22 +57,22 @@ def _end(pod: Manifest) -> Iterator[str]:
 
 def _events(facts: JobFacts) -> Iterator[str]:
     """Of the job and of the pods that are there now; the same words once."""
-    uids = {pod["metadata"]["uid"] for pod in facts.pods}
-    told = [event for event in facts.incidents if _tells(event, uids)]
+    uids = {about["metadata"].get("uid") for about in (facts.job, *facts.pods)}
+    told = [event for event in facts.incidents if _tells(facts.job, event, uids)]
     found: dict[tuple[str, str], Manifest] = {}
     for event in reversed(told):
         found.setdefault((str(event.get("reason")), _words(event)), event)
     for (reason, words), event in list(found.items())[:_EVENTS]:
         count = event.get("count") or event.get("series", {}).get("count") or 1
-        times = f" ({count} times)" if count > 1 else ""
+        times = f" ({count} times)" if count > 1 and reason != _EXITED else ""  # it says so at every look
         yield f"event at {clock(event_time(event))}{times}: {reason}: {words}"
 
 
-def _tells(event: Manifest, uids: set[Any]) -> bool:
-    about = event.get("involvedObject", {})
-    if about.get("kind") == "Pod":
-        return about.get("uid") in uids
-    return event.get("reason") in _JOB_EVENTS
+def _tells(job: Manifest, event: Manifest, uids: set[Any]) -> bool:
+    about, reason = event.get("involvedObject", {}), event.get("reason")
+    if about.get("uid") not in uids:
+        return False  # of an earlier object of that name
+    return about.get("kind") == "Pod" or (reason in _JOB_EVENTS and not (reason == _EXITED and is_over(job)))
 
 
 def _words(event: Manifest) -> str:

@@ -153,7 +153,11 @@ def _of_last(attempt: AttemptRecord, status: RunStatus) -> Iterator[str]:
 
 def _of_earlier(attempt: AttemptRecord) -> str:
     began = f" (from step {attempt.checkpoint_step})" if attempt.checkpoint_step is not None else ""
-    ended = f"{attempt.cause}: {attempt.message}" if attempt.cause else attempt.message or "it has no end"
+    ended = (
+        f"{attempt.cause}: {attempt.message}"
+        if attempt.cause
+        else attempt.message or "its launcher was killed: it has no end"
+    )
     where = "; ".join(_standing(attempt))
     return f"attempt {attempt.number}{began}: {ended}" + (f"; {where}" if where else "")
 

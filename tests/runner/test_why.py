@@ -207,7 +207,13 @@ def test_evidence_is_a_handful_of_short_lines() -> None:
 def job(*conditions: str, **meta: Any) -> dict[str, Any]:
     listed = [{"type": kind, "status": "True", "lastTransitionTime": "2027-01-15T08:00:00Z"} for kind in conditions]
     return {
-        "metadata": {"name": RUN, "namespace": "team", "creationTimestamp": "2027-01-15T07:00:00Z", **meta},
+        "metadata": {
+            "name": RUN,
+            "namespace": "team",
+            "uid": "u-job",
+            "creationTimestamp": "2027-01-15T07:00:00Z",
+            **meta,
+        },
         "spec": {"runPolicy": {}, "pytorchReplicaSpecs": {"Master": {"replicas": 1}, "Worker": {"replicas": 1}}},
         "status": {"conditions": listed},
     }
@@ -317,7 +323,9 @@ def test_what_keeps_a_pod_is_said_with_what_to_do(
     ],
 )
 def test_what_the_cluster_refuses_to_create_is_said_with_what_to_do(message: str, hint: str) -> None:
-    told = told_of(job("Created", "Running"), MASTER, events=[event("FailedCreatePod", message, "j", "PyTorchJob", 4)])
+    told = told_of(
+        job("Created", "Running"), MASTER, events=[event("FailedCreatePod", message, "u-job", "PyTorchJob", 4)]
+    )
     assert told.sentence == f"{THERE} is pending: 1 of 2 pods are there: {message}"
     assert hint in (told.hint or "")
     assert "tries again by itself" in (told.hint or "")
@@ -330,6 +338,16 @@ def test_events_about_an_earlier_pod_of_the_same_name_are_left_out() -> None:
     assert [line for line in told.evidence if line.startswith("event")] == [
         "event at 07:59:00 UTC (7 times): BackOff: Back-off pulling image"
     ]
+
+
+EXITED = event("ExitedWithCode", "Pod: team.x exited with code 137", "u-job", "PyTorchJob", 13)
+
+
+def test_a_pod_that_is_gone_is_told_of_by_its_exit_code_while_the_run_goes_on() -> None:
+    old = event("ExitedWithCode", "Pod: team.x exited with code 2", "an earlier one", "PyTorchJob")
+    told = told_of(job("Created", "Restarting"), MASTER, pod("worker", RUNS), events=[old, EXITED])
+    assert told.evidence == ["event at 07:59:00 UTC: ExitedWithCode: Pod: team.x exited with code 137"]
+    assert told_of(job("Created", "Succeeded"), pod("master", None, "Succeeded"), events=[EXITED]).evidence == []
 
 
 def test_a_container_out_of_memory_is_named_with_its_limit() -> None:
