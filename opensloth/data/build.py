@@ -30,7 +30,7 @@ from opensloth.opensloth_config import DatasetArgs
 from opensloth.run_config import RunConfig
 from opensloth.tokenizer import load_tokenizer, read_template, tokenizer_sha256
 
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 """Raised whenever the same rows would give other documents: entries of before are not used any more."""
 
 WAIT_SECONDS = 0.5
@@ -64,7 +64,7 @@ def _find_or_build(config: RunConfig, datasets: list[DatasetArgs], folder: Path,
     parts = _open_parts(datasets)
     key = _key(config, parts)
     entry = folder / key
-    footer, reused = cache.read_entry(entry), True
+    footer, reused = _whole(entry), True
     if footer is None:
         footer, reused = _build_once(config, parts, entry, report)
     if reused:
@@ -119,12 +119,12 @@ def _build_once(config: RunConfig, parts: list[_Part], entry: Path, report: Repo
         lock = BuildLock(lock_path)
         if _try_lock(lock, entry):
             with lock:
-                footer = cache.read_entry(entry)
+                footer = _whole(entry)
                 if footer is not None:
                     return footer, True
                 return _build_locked(config, parts, entry, lock, report), False
         progress = observer.look()
-        footer = cache.read_entry(entry)
+        footer = _whole(entry)
         if footer is not None:
             return footer, True
         if progress is not None:
@@ -134,6 +134,17 @@ def _build_once(config: RunConfig, parts: list[_Part], entry: Path, report: Repo
                 waited = True
             report("progress", phase="wait", done=progress.done, total=progress.total, unit="rows")
             time.sleep(WAIT_SECONDS)
+
+
+def _whole(entry: Path) -> dict[str, Any] | None:
+    """The footer of an entry that can be read; files of the right sizes may still be torn inside."""
+    footer = cache.read_entry(entry)
+    if footer is not None:
+        try:
+            PreparedDataset.open(entry)
+        except DataError:
+            return None
+    return footer
 
 
 def _try_lock(lock: BuildLock, entry: Path) -> bool:
@@ -151,6 +162,7 @@ def _build_locked(
     config: RunConfig, parts: list[_Part], entry: Path, lock: BuildLock, report: Report
 ) -> dict[str, Any]:
     cache.remove_leftovers(entry.parent, entry.name, keep=lock.token)
+    cache.remove_folder(entry)  # a torn one
     aside = entry.with_name(f".{entry.name}.{lock.token}.building")
     try:
         written = _write(config, parts, aside, entry.name, lock, report)

@@ -58,7 +58,7 @@ def with_sentinels(message: Message, sentinels: Iterator[str], markup: Markup) -
     replaced = dict(message)
     for name in sorted(message):
         if name in ("content", "reasoning_content"):
-            outline = _cut(message[name], 0, Shape(), markup, fill=_is_blank(message, name))
+            outline = _cut(message[name], 0, Shape(), markup, fill=_is_blank(message, name, markup))
             replaced[name] = "".join(next(sentinels) if piece is None else piece for piece in outline)
         elif name == "tool_calls":
             replaced[name] = _replaced(message[name], sentinels)
@@ -70,7 +70,7 @@ def _outline(message: Message, index: int, shape: Shape, markup: Markup) -> Hash
     for name in sorted(message):
         value = message[name]
         if name in ("content", "reasoning_content"):
-            parts += (name, _cut(value, index, shape, markup, fill=_is_blank(message, name)))
+            parts += (name, _cut(value, index, shape, markup, fill=_is_blank(message, name, markup)))
         elif name == "tool_calls":
             parts += (name, tuple(_cut_call(value, index, shape)))
         elif name != "role":
@@ -131,9 +131,14 @@ def _replaced(value: Any, sentinels: Iterator[str]) -> Any:
     return next(sentinels) if isinstance(value, str) and value else value
 
 
-def _is_blank(message: Message, name: str) -> bool:
-    """Whether nothing would mark the place of this message: it has neither text nor calls."""
-    return name == "content" and "tool_calls" not in message and not message["content"].strip()
+def _is_blank(message: Message, name: str, markup: Markup) -> bool:
+    """Whether nothing would mark the place of this message: it has neither calls nor text, reasoning left out."""
+    if name != "content" or "tool_calls" in message:
+        return False
+    content = message["content"]
+    if markup is not None and "<" in content:
+        content = markup.split(content)[-1]  # templates drop the reasoning of old turns
+    return not content.strip()
 
 
 def _pieces(content: str, markup: Markup) -> list[tuple[str, bool]]:

@@ -33,6 +33,7 @@ class ChatTemplate:
     ends turns with nothing of its own.
     stop_is_special: whether `stop` is one special token.
     tagged: whether the template marks what assistants say by `{% generation %}`.
+    stop_is_tagged: whether those marks enclose `stop` as well.
     markup: tags such as </think> in the template's own code, which may look for them in contents.
     """
 
@@ -47,6 +48,7 @@ class ChatTemplate:
         self._rename_reasoning = "reasoning_content" not in text and bool(_THINKING_KEY.search(text))
         self.special_tokens = special_tokens(tokenizer)
         self.stop, self.stop_is_special = self._probe_stop()
+        self.stop_is_tagged = self.tagged and self._probe_tags()
         self.markup = self._markup()
 
     def looks_at(self, key: str) -> bool:
@@ -107,6 +109,14 @@ class ChatTemplate:
                 return token, True
         common = at_end[2][: common_prefix(at_end[2], between)].strip()
         return (common, False) if common else (None, False)
+
+    def _probe_tags(self) -> bool:
+        turns = [{"role": "user", "content": _PROBE_USER}, {"role": "assistant", "content": _PROBE_ANSWER}]
+        try:
+            text, spans = self.render_tagged(turns, None)
+        except RowProblem:  # every row will say so
+            return False
+        return self.stop is not None and any(text[slice(*span)].rstrip().endswith(self.stop) for span in spans)
 
     def _markup(self) -> re.Pattern[str] | None:
         """Tags that the template may look for in contents; the turn's own marks are left out."""

@@ -96,7 +96,7 @@ class Turns:
         stop = self._template.stop
         if stop is None:
             return span
-        if text[begin:end].rstrip().endswith(stop):
+        if self._template.stop_is_tagged and text[begin:end].rstrip().endswith(stop):
             return begin, begin + len(text[begin:end].rstrip())
         behind = text[end:].lstrip()
         return (begin, len(text) - len(behind) + len(stop)) if behind.startswith(stop) else span

@@ -218,6 +218,18 @@ def test_an_answer_may_contain_the_marks() -> None:
     assert Masker(templates.CHATML).targets(chat("how?", answer)) == [f"{answer}<|im_end|>"]
 
 
+@pytest.mark.parametrize("style", ["chatml", "chatml_tagged", "chatml_tagged_with_stop"])
+def test_an_answer_that_ends_with_the_mark_has_its_stop_as_well(style: str) -> None:
+    targets = Masker(templates.STYLES[style]).targets(chat("how?", "say <|im_end|>", "and?", "<|im_end|> "))
+    assert targets == ["say <|im_end|><|im_end|>", "<|im_end|> <|im_end|>"]
+
+
+def test_an_old_answer_of_nothing_but_reasoning_leaves_its_stop() -> None:
+    messages = chat("hi", "<think>\nold\n</think>\n\n", "and you?", "fine")
+    assert Masker(templates.QWEN3).targets(messages) == ["<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"]
+    assert Masker(templates.REASONER).targets(messages)[1:] == ["fine<|end|>"]
+
+
 def test_empty_answers_and_repeated_contents() -> None:
     masker = Masker(templates.CHATML)
     assert masker.targets(chat("a", "a", "a", "a")) == ["a<|im_end|>", "a<|im_end|>"]
