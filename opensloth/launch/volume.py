@@ -25,14 +25,14 @@ def fault(error: OSError, run: Path) -> Ending | None:
     root = run.parent.parent
     if may_pass(error):  # and while it lasts, nothing can be asked of the volume
         return Ending(Cause.VOLUME, f"the volume at {root} failed: {error.strerror}: {error.filename or 'a file'}")
-    if not root.exists():
+    if not _exists(root):
         return Ending(Cause.CONFIG, f"{root} does not exist: the volume is not mounted there", "see job.volume")
     if error.errno in NO_ROOM:
         return _full(error, root)
     if error.errno not in _REFUSED or error.filename is None:
         return None
     found = Path(os.fsdecode(error.filename))
-    while not found.is_dir():  # what was to be made in it is not there
+    while not os.path.isdir(found):  # what was to be made in it is not there, or cannot be looked at
         found = found.parent
     status = found.stat()
     return Ending(
@@ -41,6 +41,17 @@ def fault(error: OSError, run: Path) -> Ending | None:
         f"(mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}:{status.st_gid})",
         "make the volume writable for that uid or gid; hostPath and many NFS servers ignore fsGroup",
     )
+
+
+def _exists(path: Path) -> bool:
+    """Also when it may not be looked at."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _full(error: OSError, root: Path) -> Ending:

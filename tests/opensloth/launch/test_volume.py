@@ -46,17 +46,17 @@ def launch(root: Path, node: int = 0) -> tuple[int, str, str]:
     return done.returncode, done.stdout + done.stderr, last_word.read_text()
 
 
-@pytest.mark.parametrize("node", [0, 1])
-def test_a_volume_of_somebody_else(tmp_path: Path, node: int) -> None:
+@pytest.mark.parametrize(("node", "mode"), [(0, 0o555), (1, 0o555), (0, 0o700)])
+def test_a_volume_of_somebody_else(tmp_path: Path, node: int, mode: int) -> None:
     root = tmp_path / "shared"
-    root.mkdir(mode=0o555)
+    root.mkdir(mode=mode)
     code, output, last_word = launch(root, node)
     assert code == 2, output
     end = parse_end(last_word)
     assert end is not None
     cause, message, hint = end
     assert cause == "config"
-    assert f"may not write in {root} (mode 0555, owner " in message
+    assert f"may not write in {root} (mode {mode:04o}, owner " in message
     assert message.startswith("uid ")
     assert "gid " in message
     assert "fsGroup" in hint
