@@ -156,7 +156,9 @@ def attend(tokens: int = 6, *, lines: int = 1, offsets: tuple[int, ...] = (0, 2,
 
 
 def test_attention_takes_what_it_can_isolate() -> None:
-    assert attend()[0].shape == (1, 6, 2, 4)
+    attended = attend()[0]
+    assert attended.shape == (1, 6, 2, 4)
+    assert attended.is_contiguous(), "some models view it"
 
 
 @pytest.mark.parametrize(
