@@ -57,7 +57,6 @@ class Checkpoints:
     ) -> None:
         """keep: how many of the newest stay; None: all. fence: raises when this process may not write any more."""
         self._folder, self._keep, self._world, self._fence = folder, keep, world, fence
-        self._saved: Path | None = None
 
     def save(self, state: CheckpointState, write_model: Callable[[Path], None], tensors: dict[str, Any] | None) -> Path:
         """Write one checkpoint; every rank calls this, at the same step.
@@ -65,8 +64,6 @@ class Checkpoints:
         write_model: writes the weights into a folder. tensors: what torch.save keeps; None: model only.
         """
         final = self._folder / f"{PREFIX}{state.step:08d}"
-        if self._saved == final:
-            return final  # asked to stop right after a periodic checkpoint
         aside = self._make_aside(final.name)
         try:
             if tensors is not None:
@@ -83,7 +80,6 @@ class Checkpoints:
         if self._world.is_main:
             self._prune(state.step)
         barrier(self._world)
-        self._saved = final
         return final
 
     def _make_aside(self, name: str) -> Path:

@@ -13,7 +13,7 @@ from train_rank import identical, of_ranks
 from opensloth import checkpoint, optimizer, trainer
 from opensloth.data.order import RowOrder
 
-pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(600)]
 WORLDS = (1, 2, 4)
 INTERRUPTIONS = [*(f"stopped after {step}" for step in range(1, TOTAL)), "stopped after each", "killed in step 6"]
 
@@ -21,7 +21,7 @@ INTERRUPTIONS = [*(f"stopped after {step}" for step in range(1, TOTAL)), "stoppe
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[Any]]]:
     folder = tmp_path_factory.mktemp("resumed")
-    return folder, of_ranks(resumed, folder, WORLDS, seconds=300)
+    return folder, of_ranks(resumed, folder, WORLDS, seconds=500)
 
 
 @pytest.mark.parametrize("world", WORLDS)

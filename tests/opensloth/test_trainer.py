@@ -157,6 +157,15 @@ def test_training_anew_in_the_same_folder_keeps_its_own_checkpoints(tmp_path: Pa
         trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=True)
 
 
+def test_training_again_replaces_the_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=5)
+    kept = tmp_path / "checkpoints" / "step-00000005" / "adapter_model.safetensors"
+    made.train()
+    first = kept.read_bytes()
+    made.train()
+    assert kept.read_bytes() != first
+
+
 def test_every_weight_of_a_mixture_of_experts_is_restored(tmp_path: Path) -> None:
     """Its published names differ from its parameters' names."""
 

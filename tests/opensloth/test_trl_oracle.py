@@ -23,7 +23,7 @@ from train_rank import history, largest_distance, make, weights
 from opensloth.data.pack import best_fit_decreasing
 from opensloth.trainer import SftTrainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PEER = Path(__file__).parents[1] / "support" / "trl_peer.py"
 SHARED: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -33,7 +33,7 @@ SHARED: dict[str, Any] = {
     "warmup_steps": 2,
     "weight_decay": 0.1,
     "max_grad_norm": 0.5,
-    "adam_epsilon": 1e-6,  # see rank_scenarios.CASES
+    "adam_epsilon": 1e-5,  # clipped, gradients are a tenth: see rank_scenarios.CASES
     "optim": "adamw_torch",
 }
 CASES: dict[str, dict[str, Any]] = {
