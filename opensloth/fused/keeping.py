@@ -7,12 +7,12 @@ from typing import Any
 
 
 class Keep(Enum):
-    """ALL: all that the backward pass reads. INPUTS: the layers' inputs; the rest is computed again.
-
-    HOST: as INPUTS, in host memory.
+    """ALL: all that the backward pass reads. ATTENTION: the MLPs are computed again. INPUTS: the layers' inputs;
+    the rest is computed again. HOST: as INPUTS, in host memory.
     """
 
     ALL = "all"
+    ATTENTION = "all but the MLPs'"
     INPUTS = "inputs"
     HOST = "inputs in host memory"
 
@@ -20,20 +20,20 @@ class Keep(Enum):
 def roomiest(config: Any, tokens: int, free: int) -> Keep:
     """The fastest choice that fits. config: the model's. tokens: of a batch. free: bytes on the device."""
     layers: int = config.num_hidden_layers
-    for keep, bytes_of_a_token in ((Keep.ALL, _all(config)), (Keep.INPUTS, 2 * config.hidden_size)):
-        if layers * bytes_of_a_token * tokens < _SHARE * free:
-            return keep
-    return Keep.HOST
+    return next((keep for keep, size in _bytes(config).items() if layers * size * tokens < _SHARE * free), Keep.HOST)
 
 
 _SHARE = 0.7
 """Of the free memory; the rest is for logits, the optimizer, and one layer at work."""
 
 
-def _all(config: Any) -> int:
-    """Bytes that a layer keeps of a token: x, both norms' outputs, y, qkv, attention's output, gate and up."""
+def _bytes(config: Any) -> dict[Keep, int]:
+    """What a layer keeps of a token, in 16 bits."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attended = config.num_attention_heads * head
-    return 2 * (
-        4 * config.hidden_size + 2 * attended + 2 * config.num_key_value_heads * head + 2 * config.intermediate_size
-    )
+    attended, width = config.num_attention_heads * head, config.hidden_size
+    half = 3 * width + 2 * attended + 2 * config.num_key_value_heads * head  # x, normed, qkv, attention's output, y
+    return {
+        Keep.ALL: 2 * (half + width + 2 * config.intermediate_size),
+        Keep.ATTENTION: 2 * half,
+        Keep.INPUTS: 2 * width,
+    }

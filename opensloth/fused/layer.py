@@ -3,7 +3,7 @@
     y = x + o(attention(qkv(norm(x))))
     z = y + down(swiglu(gate_up(norm(y))))
 
-Only adapters are trained: the backward pass makes the gradient of the input and those of the adapters.
+The backward pass makes the gradient of the input and those of whatever is trained.
 T tokens of documents end to end, D hidden width, I width of the MLP.
 """
 
@@ -18,8 +18,26 @@ import torch
 from torch import Tensor
 
 from opensloth.fused import operations
+from opensloth.fused.keeping import Keep
 from opensloth.fused.operations import Documents, Heads
-from opensloth.fused.projection import Projection, Staged
+from opensloth.fused.projection import Projection, Staged, gradient_of
+
+
+class Norm:
+    """An RMS norm; its weight may be trained."""
+
+    def __init__(self, module: Any) -> None:
+        self._weight, self._eps = module.weight, float(module.variance_epsilon)
+
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        """x, out: [T, D]; out is written. Returns each row's scale, float32 [T]."""
+        return operations.rms_norm(x, self._weight, self._eps, out)
+
+    def backward(self, grad: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """out: gradient of x, plus `residual`, is written; the weight's is added to."""
+        if self._weight.requires_grad:
+            operations.add_norm_gradient(grad, x, scale, gradient_of(self._weight))
+        operations.rms_norm_backward(grad, x, self._weight, scale, residual, out)
 
 
 @dataclass
@@ -51,27 +69,28 @@ class Kept:
 
     x: Tensor | None
     attended: Attended | None = None
+    y: Tensor | None = None
     expanded: Expanded | None = None
 
 
 class Layer:
     """A decoder layer whose weights have been taken over into `Projection`s."""
 
-    def __init__(self, module: Any, *, recompute: bool, chunk: int) -> None:
-        """module: transformers' layer. recompute: keep only the input. chunk: tokens of the MLP at a time then."""
+    def __init__(self, module: Any, dtype: torch.dtype, *, keep: Keep, chunk: int) -> None:
+        """module: transformers' layer. dtype: to compute in. chunk: tokens of an MLP that is computed again."""
         attention, mlp = module.self_attn, module.mlp
-        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._out = Projection([attention.o_proj])
-        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self._down = Projection([mlp.down_proj])
-        self._norms = (module.input_layernorm, module.post_attention_layernorm)
+        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self._out = Projection([attention.o_proj], dtype)
+        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype)
+        self._down = Projection([mlp.down_proj], dtype)
+        self._norms = (Norm(module.input_layernorm), Norm(module.post_attention_layernorm))
         self._heads = Heads(
             query=self._out.inputs // attention.head_dim,
             key_value=attention.k_proj.out_features // attention.head_dim,
             scale=float(attention.scaling),
         )
         self._turned = self._heads.query + self._heads.key_value
-        self._recompute, self._chunk = recompute, chunk
+        self._keep, self._chunk = keep, chunk
         self._staged: dict[Projection, Staged] = {}
         self._deal_attention = self._deal_mlp = operations.Copies([])
 
@@ -95,24 +114,23 @@ class Layer:
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Kept]:
         """x: [T, D]. Returns the output and what `backward` needs."""
         attended, y = self._attend(x, documents)
-        if not self._recompute:
+        if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
-            return z, Kept(x, attended, expanded)
+            return z, Kept(x, attended, y, expanded)
         z = torch.empty_like(y)
         for rows in self._chunks(len(y)):
             z[rows], _ = self._expand(y[rows])
-        return z, Kept(x)
+        return z, Kept(x, attended, y) if self._keep is Keep.ATTENTION else Kept(x)
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
-        tokens = len(dz)
-        attended, y = kept.attended, kept.expanded.y if kept.expanded else None
+        attended, y = kept.attended, kept.y
         if attended is None or y is None:
             if kept.x is None:
                 raise RuntimeError("a layer's input was put away and not brought back")
             attended, y = self._attend(kept.x, documents)
-        dy = self._out.room_for_gradient(tokens)
-        for rows in self._chunks(tokens):
+        dy = self._out.room_for_gradient(len(dz))
+        for rows in self._chunks(len(dz)):
             expanded = kept.expanded if kept.expanded is not None else self._expand_again(y[rows])
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
         kept.expanded = None
@@ -123,7 +141,7 @@ class Layer:
     def _attend(self, x: Tensor, documents: Documents) -> tuple[Attended, Tensor]:
         tokens = len(x)
         normed = self._qkv.room_for_input(tokens)
-        scale = self._norm(0, x, normed[:, : self._qkv.inputs])
+        scale = self._norms[0].forward(x, normed[:, : self._qkv.inputs])
         qkv = self._qkv.forward(normed)
         operations.rotate(qkv, documents.cos, documents.sin, self._turned)
         attended = self._out.room_for_input(tokens)
@@ -134,7 +152,7 @@ class Layer:
     def _attend_backward(self, dy: Tensor, kept: Attended, documents: Documents, dx: Tensor | None) -> None:
         width = self._out.inputs
         dattended = self._out.input_gradient(dy)
-        self._out.stage_gradients(dy, kept.attended[:, :width], kept.attended[:, width:], self._staged[self._out])
+        self._out.add_gradients(dy, kept.attended[:, :width], kept.attended[:, width:], self._staged[self._out])
         dqkv = self._qkv.room_for_gradient(len(dy))
         operations.attention_backward(
             dattended,
@@ -151,10 +169,10 @@ class Layer:
             self._qkv.fill_gradient_border(dqkv)
         else:
             dnormed = self._qkv.input_gradient(dqkv)
-        self._qkv.stage_gradients(dqkv, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._qkv])
+        self._qkv.add_gradients(dqkv, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._qkv])
         self._deal_attention.run(add=True)
         if dx is not None:
-            self._norm_backward(0, dnormed, kept.x, kept.scale, dy[:, : self._out.outputs], dx)
+            self._norms[0].backward(dnormed, kept.x, kept.scale, dy[:, : self._out.outputs], dx)
 
     # --- MLP ----------------------------------------------------------------------------------------
 
@@ -175,7 +193,7 @@ class Layer:
 
     def _gate_and_up(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         normed = self._gate_up.room_for_input(len(y))
-        scale = self._norm(1, y, normed[:, : self._gate_up.inputs])
+        scale = self._norms[1].forward(y, normed[:, : self._gate_up.inputs])
         return scale, normed, self._gate_up.forward(normed)
 
     def _expand_backward(self, dz: Tensor, kept: Expanded, dy: Tensor) -> None:
@@ -183,26 +201,17 @@ class Layer:
         dgate_up = self._gate_up.room_for_gradient(len(dz))
         hidden = torch.empty_like(dhidden)
         operations.swiglu_backward(dhidden, kept.gate_up, dgate_up[:, : self._gate_up.outputs], hidden)
-        self._down.stage_gradients(dz, hidden, kept.hidden_border, self._staged[self._down])
+        self._down.add_gradients(dz, hidden, kept.hidden_border, self._staged[self._down])
         dnormed = self._gate_up.input_gradient(dgate_up)
         width = self._gate_up.inputs
-        self._gate_up.stage_gradients(
+        self._gate_up.add_gradients(
             dgate_up, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._gate_up]
         )
         self._deal_mlp.run(add=True)
-        self._norm_backward(1, dnormed, kept.y, kept.scale, dz[:, : self._down.outputs], dy)
+        self._norms[1].backward(dnormed, kept.y, kept.scale, dz[:, : self._down.outputs], dy)
 
     # --- parts --------------------------------------------------------------------------------------
 
-    def _norm(self, which: int, x: Tensor, out: Tensor) -> Tensor:
-        norm = self._norms[which]
-        return operations.rms_norm(x, norm.weight, norm.variance_epsilon, out)
-
-    def _norm_backward(
-        self, which: int, grad: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor
-    ) -> None:
-        operations.rms_norm_backward(grad, x, self._norms[which].weight, scale, residual, out)
-
     def _chunks(self, tokens: int) -> Iterator[slice]:
-        size = self._chunk if self._recompute else tokens
+        size = tokens if self._keep is Keep.ALL else self._chunk
         return itertools.starmap(slice, ((at, min(tokens, at + size)) for at in range(0, tokens, size)))

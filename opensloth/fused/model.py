@@ -1,20 +1,21 @@
-"""A whole model on the fast path: the loss of a batch and the adapters' gradients, without autograd."""
+"""A whole model on the fast path: the loss of a batch and the gradients of what is trained, without autograd."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of
 from opensloth.fused.keeping import Keep
-from opensloth.fused.layer import Kept, Layer
+from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
+from opensloth.fused.projection import gradient_of
 
 LOGITS_BYTES = 1 << 30
 """Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
@@ -23,7 +24,7 @@ MLP_BYTES = 1 << 30
 
 
 class FusedModel:
-    """Takes over the weights of a transformers model with a LoRA adapter, which goes on working on them.
+    """Takes over the weights of a transformers model, with or without a LoRA adapter; it goes on working on them.
 
     See `opensloth.fused.support` for which models; others are not to be given.
     """
@@ -31,35 +32,44 @@ class FusedModel:
     def __init__(self, base: Any, *, keep: Keep, chunk: int | None = None) -> None:
         """chunk: tokens of an MLP at a time where it is computed again; None: as many as MLP_BYTES hold."""
         decoder = base.model
-        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._embedding: nn.Parameter = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
-        self._norm = decoder.norm
-        self._head: Tensor = base.lm_head.weight
-        scarcity = {Keep.ALL: 1, Keep.INPUTS: 2, Keep.HOST: 4}[keep]
+        self._norm = Norm(decoder.norm)
+        self._head_weight: nn.Parameter = base.lm_head.weight
+        self._device = self._head_weight.device
+        dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
+        self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
+        scarcity = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}[keep]
         self._logits_bytes = LOGITS_BYTES // scarcity
         chunk = chunk or max(1024, MLP_BYTES // scarcity // (12 * base.config.intermediate_size) // 1024 * 1024)
-        self._layers = [Layer(m, recompute=keep is not Keep.ALL, chunk=chunk) for m in decoder.layers]
-        self._parking = Parking(self._head.device) if keep is Keep.HOST else None
-
-        projections = [projection for layer in self._layers for projection in layer.projections]
-        self._borders = operations.Copies([entry for projection in projections for entry in projection.borders()])
+        self._layers = [Layer(m, dtype, keep=keep, chunk=chunk) for m in decoder.layers]
+        self._parking = Parking(self._device) if keep is Keep.HOST else None
+        self._projections = [projection for layer in self._layers for projection in layer.projections]
+        self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._parameters = [p for p in base.parameters() if p.requires_grad]
         sizes = [p.numel() for p in self._parameters]
-        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=self._head.device)
-        """All adapters' gradients end to end."""
+        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
+        """All gradients end to end."""
         self._views = [v.view_as(p) for v, p in zip(self.gradient.split(sizes), self._parameters, strict=True)]
         self.begin_step()
         staged = [projection.room_to_stage() for projection in self._layers[0].projections]
         for layer in self._layers:
             layer.use_staging(staged)
-        self._graphs = Graphs(self._run, self._head.device)
+        self._graphs = Graphs(self._run, self._device)
 
     def begin_step(self) -> None:
-        """Take note of what the optimizer did to the adapters, and start their gradients at zero."""
+        """Take note of what the optimizer did, and start all gradients at zero."""
         self.gradient.zero_()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
+        self._refresh()
+
+    def _refresh(self) -> None:
         self._borders.run(add=False)
+        for projection in self._projections:
+            projection.refresh()
+        if self._head.dtype != self._head_weight.dtype:
+            self._head.copy_(self._head_weight.data)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` (0: leave it); returns its L2 norm before that, float32."""
@@ -70,7 +80,7 @@ class FusedModel:
 
     @torch.no_grad()
     def accumulate(self, batch: Batch, scale: float) -> Tensor:
-        """Add the gradient of (sum of the targets' losses) * scale to the adapters'; returns the sum, float32.
+        """Add the gradient of (sum of the targets' losses) * scale to .grad; returns the sum, float32.
 
         batch: flat, on the CPU.
         """
@@ -79,19 +89,19 @@ class FusedModel:
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
-        self._borders.run(add=False)
-        inputs = self._staged(inputs_of(batch, 0.0)).to(self._head.device)
-        x, documents = self._embedding[inputs.ids], self._documents(inputs)
+        self._refresh()
+        inputs = self._staged(inputs_of(batch, 0.0)).to(self._device)
+        x, documents = self._embed(inputs.ids), self._documents(inputs)
         for layer in self._layers:
             x, _ = layer.forward(x, documents)
         return self._loss(x, inputs, None)
 
     def _staged(self, inputs: Inputs) -> Inputs:
-        return inputs.pinned() if self._head.is_cuda else inputs
+        return inputs.pinned() if self._device.type == "cuda" else inputs
 
     def _run(self, inputs: Inputs) -> Tensor:
         """One batch, forward and backward; returns its sum of losses."""
-        x, documents = self._embedding[inputs.ids], self._documents(inputs)
+        x, documents = self._embed(inputs.ids), self._documents(inputs)
         kept = []
         for i, layer in enumerate(self._layers):
             x, of_layer = layer.forward(x, documents)
@@ -106,11 +116,22 @@ class FusedModel:
             if self._parking:
                 kept[-1].x = self._parking.take(i)
             self._fetch(i - 1)
-            before = self._layers[i - 1].room_for_gradient(tokens) if i else None
+            before = self._room_before(i, tokens)
             self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
             if before is not None:
                 dx = before
+        if self._embedding.requires_grad:  # by sorting, not by atomics: the same bits every time
+            gradient_of(self._embedding).index_put_((inputs.ids,), dx[:, :width].float(), accumulate=True)
         return loss
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self._embedding.data[ids].to(self._head.dtype)
+
+    def _room_before(self, layer: int, tokens: int) -> Tensor | None:
+        """Where the gradient of a layer's input goes; None when nobody asks for it."""
+        if layer:
+            return self._layers[layer - 1].room_for_gradient(tokens)
+        return self._head.new_empty(tokens, self._head.shape[1]) if self._embedding.requires_grad else None
 
     def _park(self, layer: int, kept: Kept) -> None:
         if self._parking and kept.x is not None:
@@ -131,7 +152,7 @@ class FusedModel:
         """x: the last layer's output, [T, D]; dx: its gradient, is written. Only targets go through the head."""
         chosen = x[inputs.predictors]
         normed = torch.empty_like(chosen)
-        rms = operations.rms_norm(chosen, self._norm.weight, self._norm.variance_epsilon, normed)
+        rms = self._norm.forward(chosen, normed)
         size = max(1, self._logits_bytes // (self._head.shape[0] * self._head.element_size()))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dnormed = torch.empty_like(normed)
@@ -141,9 +162,11 @@ class FusedModel:
             total += operations.cross_entropy_(logits, inputs.targets[part], inputs.scale).sum()
             if dx is not None:
                 torch.mm(logits, self._head, out=dnormed[part])
+                if self._head_weight.requires_grad:
+                    operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), keep=True)
         if dx is not None:
             dchosen = torch.empty_like(chosen)
-            operations.rms_norm_backward(dnormed, chosen, self._norm.weight, rms, None, dchosen)
+            self._norm.backward(dnormed, chosen, rms, None, dchosen)
             dx.zero_()
             dx[inputs.predictors] = dchosen
         return total

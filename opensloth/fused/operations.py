@@ -82,6 +82,27 @@ def rms_norm_backward(
     out.copy_(dx if residual is None else dx + residual.float())
 
 
+def add_norm_gradient(grad: Tensor, x: Tensor, rstd: Tensor, into: Tensor) -> None:
+    """Add to a norm's weight gradient, float32 [D]. grad: of the norm's output; x: its input; [T, D] each."""
+    if x.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        into.add_(elementwise.norm_gradient(grad, x, rstd).sum(0))
+        return
+    into.add_((grad.float() * x.float() * rstd[:, None]).sum(0))
+
+
+def add_product(one: Tensor, other: Tensor, into: Tensor, *, keep: bool) -> None:
+    """into (+)= one @ other in float32, whatever the factors are kept in. keep: add to what is there."""
+    if not one.is_cuda or one.dtype == torch.float32:
+        product = one.float() @ other.float()
+        into.add_(product) if keep else into.copy_(product)
+    elif keep:
+        torch.addmm(into, one, other, torch.float32, out=into)
+    else:
+        torch.mm(one, other, torch.float32, out=into)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool = False) -> None:
     """Turn the first `heads` heads of x [T, ...] by their positions, in place. cos, sin: float32 [T, D / 2]."""
     if x.is_cuda:

@@ -1,11 +1,12 @@
-"""Linear layers of one input, with their adapters in the borders of one weight.
+"""Linear layers of one input as one product, with their adapters in the borders of its weight.
 
     input   [x | t]          t = x Aᵗ, written beside the input
     weight  [ W | sB ]       y  = [x | t] [W | sB]ᵗ            one product, the adapter included
             [ A |    ]       dx = [dy | u] [W ; A]             u = dy sB, written beside the gradient
 
 So an adapter costs thin products only, never another pass over a large output. W holds several layers' weights one
-above the other (q, k and v; gate and up); the layers keep working on their part of it. B is block-diagonal.
+above the other (q, k and v; gate and up). Frozen ones are taken over: the layers keep working on their part of W.
+Trained ones are copied into it after every step. B is block-diagonal.
 
 T tokens, K input width, N output width, R rank of all adapters together, rounded up to a multiple of 8.
 """
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from opensloth.fused.operations import add_product
 
 _ALIGNMENT = 8  # elements: what fast matrix products ask of a row's stride
 
@@ -44,30 +47,50 @@ class Staged:
 class Projection:
     """One product for all `linears`, which are plain ones or peft's with one LoRA adapter."""
 
-    def __init__(self, linears: Sequence[Any]) -> None:
+    def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
+        """dtype: of inputs, products and W."""
         plain = [linear.base_layer if hasattr(linear, "base_layer") else linear for linear in linears]
-        weights = [linear.weight for linear in plain]
-        self.inputs, self.outputs = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
         ranks = [_rank(linear) for linear in linears]
+        self.inputs = int(plain[0].weight.shape[1])
+        self.outputs = sum(int(linear.weight.shape[0]) for linear in plain)
         self.rank = -(-sum(ranks) // _ALIGNMENT) * _ALIGNMENT
-        self._buffer = torch.zeros(
-            self.outputs + self.rank, self.inputs + self.rank, dtype=weights[0].dtype, device=weights[0].device
-        )
+        shape = (self.outputs + self.rank, self.inputs + self.rank)
+        self._buffer = torch.zeros(shape, dtype=dtype, device=plain[0].weight.device)
+        self._bias = self._buffer.new_zeros(self.outputs) if any(p.bias is not None for p in plain) else None
         self._adapters: list[_Adapter] = []
-        self.bias = _joined_bias(plain)
+        self._trained: list[tuple[nn.Parameter, slice]] = []
+        self._trained_biases: list[tuple[nn.Parameter, slice]] = []
         row = at = 0
         for linear, base, rank in zip(linears, plain, ranks, strict=True):
             rows = slice(row, row + base.weight.shape[0])
-            self._buffer[rows, : self.inputs] = base.weight.data
-            base.weight.data = self._buffer[rows, : self.inputs]
+            self._take_over(base, rows)
             if rank:
                 self._adapters.append(_adapter(linear, rows, slice(at, at + rank)))
             row, at = rows.stop, at + rank
-        self._weight = self._buffer[: self.outputs, : self.inputs]
         self._with_b = self._buffer[: self.outputs]
         self._with_a = self._buffer[:, : self.inputs]
         self._a = self._buffer[self.outputs :, : self.inputs]
         self._b = self._buffer[: self.outputs, self.inputs :]
+
+    def _take_over(self, base: Any, rows: slice) -> None:
+        place = self._buffer[rows, : self.inputs]
+        place.copy_(base.weight.data)
+        if base.weight.requires_grad:
+            self._trained.append((base.weight, rows))
+        else:
+            base.weight.data = place
+        if base.bias is not None and self._bias is not None:
+            self._bias[rows] = base.bias.data
+            if base.bias.requires_grad:
+                self._trained_biases.append((base.bias, rows))
+
+    def refresh(self) -> None:
+        """Take note of trained weights as they are now; for adapters that is `borders`."""
+        for weight, rows in self._trained:
+            self._buffer[rows, : self.inputs].copy_(weight.data)
+        for bias, rows in self._trained_biases:
+            if self._bias is not None:
+                self._bias[rows].copy_(bias.data)
 
     def borders(self) -> list[tuple[Tensor, Tensor, float]]:
         """(parameter, its place in the border, scale) of every adapter's halves."""
@@ -81,13 +104,13 @@ class Projection:
         ]
 
     def gradients(self, staged: Staged) -> list[tuple[Tensor, Tensor, float]]:
-        """(where `stage_gradients` leaves it, the parameter's gradient, scale) of every adapter's halves."""
+        """(where `add_gradients` leaves it, the parameter's gradient, scale) of every adapter's halves."""
         return [
             entry
             for adapter in self._adapters
             for entry in (
-                (staged.a[adapter.ranks], _gradient_of(adapter.a), 1.0),
-                (staged.b[adapter.rows, adapter.ranks], _gradient_of(adapter.b), adapter.scaling),
+                (staged.a[adapter.ranks], gradient_of(adapter.a), 1.0),
+                (staged.b[adapter.rows, adapter.ranks], gradient_of(adapter.b), adapter.scaling),
             )
         ]
 
@@ -98,19 +121,19 @@ class Projection:
 
     def room_for_input(self, tokens: int) -> Tensor:
         """[T, K + R], to be filled up to K."""
-        return torch.empty(tokens, self.inputs + self.rank, dtype=self._buffer.dtype, device=self._buffer.device)
+        return self._buffer.new_empty(tokens, self.inputs + self.rank)
 
     def room_for_gradient(self, tokens: int) -> Tensor:
         """[T, N + R], to be filled up to N."""
-        return torch.empty(tokens, self.outputs + self.rank, dtype=self._buffer.dtype, device=self._buffer.device)
+        return self._buffer.new_empty(tokens, self.outputs + self.rank)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[T, N] from `room_for_input`, whose border is filled; `residual` is added."""
         self.fill_border(x)
         if residual is not None:
             return torch.addmm(residual, x, self._with_b.T)
-        if self.bias is not None:
-            return torch.addmm(self.bias, x, self._with_b.T)
+        if self._bias is not None:
+            return torch.addmm(self._bias, x, self._with_b.T)
         return torch.mm(x, self._with_b.T)
 
     def fill_border(self, x: Tensor) -> None:
@@ -126,26 +149,25 @@ class Projection:
         if self.rank:
             torch.mm(dy[:, : self.outputs], self._b, out=dy[:, self.outputs :])
 
-    def stage_gradients(self, dy: Tensor, x: Tensor, x_border: Tensor, staged: Staged) -> None:
-        """dy: [T, N + R] with its border; x: [T, K]; x_border: [T, R]."""
+    def add_gradients(self, dy: Tensor, x: Tensor, x_border: Tensor, staged: Staged) -> None:
+        """Add to the gradients of trained weights, and stage those of the adapters.
+
+        dy: [T, N + R] with its border; x: [T, K]; x_border: [T, R].
+        """
         if self._adapters:
-            _product32(dy[:, self.outputs :].T, x, staged.a)
-            _product32(dy[:, : self.outputs].T, x_border, staged.b)
+            add_product(dy[:, self.outputs :].T, x, staged.a, keep=False)
+            add_product(dy[:, : self.outputs].T, x_border, staged.b, keep=False)
+        for weight, rows in self._trained:
+            add_product(dy[:, rows].T, x, gradient_of(weight), keep=True)
+        for bias, rows in self._trained_biases:
+            gradient_of(bias).add_(dy[:, rows].sum(0, dtype=torch.float32))
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     if gradient is None:
-        raise RuntimeError("an adapter without room for its gradient")
+        raise RuntimeError("a trained parameter without room for its gradient")
     return gradient
-
-
-def _product32(one: Tensor, other: Tensor, out: Tensor) -> None:
-    """one @ other in float32, whatever they are kept in."""
-    if one.is_cuda and one.dtype != torch.float32:
-        torch.mm(one, other, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(one.float(), other.float(), out=out)
 
 
 def _rank(linear: Any) -> int:
@@ -160,14 +182,3 @@ def _active(linear: Any) -> str:
 def _adapter(linear: Any, rows: slice, ranks: slice) -> _Adapter:
     name = _active(linear)
     return _Adapter(linear.lora_A[name].weight, linear.lora_B[name].weight, linear.scaling[name], rows, ranks)
-
-
-def _joined_bias(plain: Sequence[Any]) -> Tensor | None:
-    """One bias for all outputs, which the layers go on sharing; None when none has one."""
-    if all(linear.bias is None for linear in plain):
-        return None
-    parts = [
-        linear.bias.data if linear.bias is not None else linear.weight.new_zeros(linear.weight.shape[0])
-        for linear in plain
-    ]
-    return torch.cat(parts)

@@ -34,7 +34,8 @@ def _machine(model: nn.Module, packed: bool, autocast: torch.dtype | None) -> st
         return "the package triton is missing"
     if not packed:
         return "the rows are not packed"
-    if autocast is not torch.bfloat16 or base_of(model).dtype is not torch.bfloat16:
+    expected = torch.bfloat16 if hasattr(model, "peft_config") else torch.float32
+    if autocast is not torch.bfloat16 or base_of(model).dtype is not expected:
         return "it computes in bfloat16 only"
     return None
 
@@ -69,7 +70,8 @@ def _windowed(config: Any) -> bool:
 def _adapters(model: nn.Module) -> str | None:
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if not adapters:
-        return "every weight is trained"
+        whole = all(p.requires_grad and p.dtype is torch.float32 for p in model.parameters())
+        return None if whole else "only some of the weights are trained"
     if len(adapters) != 1:
         return "there is more than one adapter"
     (lora,) = adapters.values()

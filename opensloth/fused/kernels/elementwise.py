@@ -5,12 +5,15 @@ All work on rows that may lie in a wider buffer: the stride of a row is an argum
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _WIDE = 1024
 """Elements of a SwiGLU row that one program does."""
+_STRIPE, _COLUMNS = 64, 256
+"""Rows and columns that one program sums for a norm's weight."""
 
 
 @triton.jit
@@ -44,6 +47,25 @@ def _rms_norm_backward(
     if RESIDUAL:
         dx += tl.load(residual_ptr + row * stride_residual + column, mask=ok, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * stride_out + column, dx.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _norm_gradient(
+    grad_ptr, x_ptr, rstd_ptr, out_ptr, stride_grad, stride_x, tokens,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A stripe of rows, summed by column."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < WIDTH
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    for step in range(ROWS):
+        row = begin + step
+        here = ok & (row < tokens)
+        grad = tl.load(grad_ptr + row * stride_grad + column, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + column, mask=here, other=0.0).to(tl.float32)
+        total += grad * x * tl.load(rstd_ptr + row, mask=row < tokens, other=0.0)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * WIDTH + column, total, mask=ok)
 
 
 @triton.jit
@@ -111,6 +133,17 @@ def rms_norm_backward(
         grad, x, weight, rstd, beside, out, grad.stride(0), x.stride(0), beside.stride(0), out.stride(0),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=residual is not None, num_warps=_warps(width),
     )  # fmt: skip
+
+
+def norm_gradient(grad: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """Parts of a norm's weight gradient, float32 [n, D], to be summed. grad, x: [T, D]."""
+    tokens, width = x.shape
+    parts = torch.empty(triton.cdiv(tokens, _STRIPE), width, dtype=torch.float32, device=x.device)
+    _norm_gradient[(parts.shape[0], triton.cdiv(width, _COLUMNS))](
+        grad, x, rstd, parts, grad.stride(0), x.stride(0), tokens,
+        WIDTH=width, ROWS=_STRIPE, BLOCK=_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return parts
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool) -> None:

@@ -91,9 +91,9 @@ def test_rotation() -> None:
 def test_rms_norm(beside: bool) -> None:
     from opensloth.fused.kernels import elementwise
 
-    x, weight, grad = torch.randn(37, 56), torch.randn(56), torch.randn(37, 56)
-    residual = torch.randn(37, 64)[:, :56] if beside else None
-    expected, found, rstd = torch.empty(37, 56), torch.empty(37, 64)[:, :56], torch.empty(37)
+    x, weight, grad = torch.randn(137, 56), torch.randn(56), torch.randn(137, 56)
+    residual = torch.randn(137, 64)[:, :56] if beside else None
+    expected, found, rstd = torch.empty(137, 56), torch.empty(137, 64)[:, :56], torch.empty(137)
     expected_rstd = operations.rms_norm(x, weight, 1e-6, expected)
     elementwise.rms_norm(x, weight, 1e-6, found, rstd)
     close(found, expected)
@@ -101,6 +101,9 @@ def test_rms_norm(beside: bool) -> None:
     operations.rms_norm_backward(grad, x, weight, rstd, residual, expected)
     elementwise.rms_norm_backward(grad, x, weight, rstd, residual, found)
     close(found, expected)
+    of_weight = torch.zeros(56)
+    operations.add_norm_gradient(grad, x, rstd, of_weight)
+    close(elementwise.norm_gradient(grad, x, rstd).sum(0), of_weight)
 
 
 @kernel
