@@ -89,6 +89,28 @@ def test_every_step_is_that_of_a_plain_loop(tmp_path: Path, case: str, packed: b
         assert min(norms) > options["max_grad_norm"], "clipping is to be active"
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_every_split_of_a_step_trains_alike(tmp_path: Path, full: bool, packed: bool) -> None:
+    """1 x 8, 2 x 4 and 8 x 1 (rows x accumulation), two epochs with a short last step each."""
+    runs = []
+    for rows in (1, 2, 8):
+        options = OPTIONS | CASES["cosine, decay, clipped"] | {"per_device_train_batch_size": rows}
+        trainer = make(tmp_path / str(rows), DOCUMENTS, full=full, packed=packed, **options)
+        assert trainer.plan.shape.accumulation * rows == 8
+        assert trainer.plan.rows % 8
+        start = _weights(trainer)
+        trainer.train()
+        moved = {name: tensor - start[name] for name, tensor in _weights(trainer).items()}
+        runs.append((history(trainer), {name: tensor for name, tensor in moved.items() if tensor.any()}))
+    (first, expected), *others = runs
+    for logged, moved in others:
+        off = max(_off(a["loss"], b["loss"]) for a, b in zip(logged, first, strict=True))
+        at_most("1 x 8, 2 x 4 and 8 x 1, two epochs: loss of every step", off, 1e-6)
+        far = largest_distance(moved, expected)
+        at_most("1 x 8, 2 x 4 and 8 x 1, two epochs: how far each weight has moved", far, 1e-5)
+
+
 def _mean_of_means(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
     accumulate, shape = trainer._objective.accumulate, trainer.plan.shape
     trainer._objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]

@@ -98,25 +98,6 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, full: bool, interrupted_
     assert resumed.state.log_history[0]["step"] == 1
 
 
-def test_two_micro_batches_train_as_one_of_both(tmp_path: Path) -> None:
-    rows = tiny.random_rows(50)
-    options = {"max_steps": STEPS}
-    plain = OpenSlothConfig(data_cache_path="-", fast_model_args=FastModelArgs(model_name="tiny", max_seq_length=64))
-    results = []
-    for batch, accumulation in ((4, 1), (1, 4)):
-        folder = tmp_path / str(batch)
-        made = create_sft_trainer(
-            tiny.make_model(),
-            tiny.make_tokenizer(),
-            rows,
-            plain,
-            arguments(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, **options),
-        )
-        made.train()
-        results.append(losses(folder))
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
-
-
 def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     made = trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=None)
     made.train()
