@@ -114,11 +114,11 @@ def _prune(options: argparse.Namespace, say: Report) -> None:
 
 
 def _verify(options: argparse.Namespace, say: Report) -> None:
-    from opensloth.data.cache import damaged_files, entries
+    from opensloth.data.cache import damaged_files, entry_folders
     from opensloth.errors import DataError
 
     folder = _cache(options)
-    paths = [folder] if (folder / "oslo.json").is_file() else [entry.path for entry in entries(folder)]
+    paths = [folder] if (folder / "oslo.json").is_file() else entry_folders(folder)
     for path in paths:
         if damaged := damaged_files(path):
             raise DataError(f"{path}: damaged: {', '.join(damaged)}", "remove it and prepare it again: oslo data build")

@@ -19,7 +19,7 @@ from opensloth.errors import DataError
 from opensloth.files import create_json, read_json, sync_folder, sync_tree, write_json
 from opensloth.fingerprint import file_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the files in an entry. Another version is not read."""
 
 USES_DIR = ".uses"
@@ -48,9 +48,12 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def read_entry(folder: Path) -> dict[str, Any] | None:
-    """The footer of a whole entry, None when there is no entry or it is torn. Checks sizes, not contents."""
-    footer = read_json(folder / FOOTER_FILE)
-    if not isinstance(footer, dict) or footer.get("format") != FORMAT_VERSION:
+    """The footer of a whole entry, None when there is no entry or it is torn.
+
+    Checks the footer's own hash and the files' sizes, not their contents (`damaged_files`).
+    """
+    footer = _sealed_footer(folder)
+    if footer is None:
         return None
     for name, expected in footer["files"].items():
         try:
@@ -59,6 +62,20 @@ def read_entry(folder: Path) -> dict[str, Any] | None:
         except OSError:
             return None
     return footer
+
+
+def sealed(footer: Mapping[str, Any]) -> dict[str, Any]:
+    """The footer with its format and its own hash, which tells when a part of it has changed."""
+    whole = {**footer, "format": FORMAT_VERSION}
+    return {**whole, "sha256": key_of(whole)}
+
+
+def _sealed_footer(folder: Path) -> dict[str, Any] | None:
+    footer = read_json(folder / FOOTER_FILE)
+    if not isinstance(footer, dict) or footer.get("format") != FORMAT_VERSION:
+        return None
+    rest = {name: value for name, value in footer.items() if name != "sha256"}
+    return footer if sealed(rest) == footer else None
 
 
 def finish_entry(aside: Path, final: Path, footer: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +88,7 @@ def finish_entry(aside: Path, final: Path, footer: Mapping[str, Any]) -> dict[st
         for file in sorted(aside.rglob("*"))
         if file.is_file()
     }
-    whole = {"format": FORMAT_VERSION, **footer, "files": files}
+    whole = sealed({**footer, "files": files})
     sync_tree(aside)
     write_json(aside / FOOTER_FILE, whole)
     there = read_entry(final)
@@ -131,6 +148,11 @@ def entries(cache: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: -entry.created)
 
 
+def entry_folders(cache: Path) -> list[Path]:
+    """The folders of all entries, torn ones too."""
+    return sorted(folder for folder in cache.iterdir() if _is_key(folder.name)) if cache.is_dir() else []
+
+
 def entry(folder: Path) -> Entry | None:
     """None when there is no whole one."""
     footer = _footer_of(folder)
@@ -160,18 +182,23 @@ def damaged_files(folder: Path) -> list[str]:
 
     Raises DataError when the folder is no entry.
     """
-    footer = read_json(folder / FOOTER_FILE)
-    if not isinstance(footer, dict) or "files" not in footer:
+    if not (folder / FOOTER_FILE).is_file():
         raise DataError(f"{folder}: is not a cache entry (no {FOOTER_FILE})", "prepare it again: oslo data build")
+    footer = _sealed_footer(folder)
+    if footer is None:
+        return [FOOTER_FILE]
     return [
         name for name, expected in sorted(footer["files"].items())
         if not (folder / name).is_file() or file_sha256(folder / name) != expected["sha256"]
     ]  # fmt: skip
 
 
+def _is_key(name: str) -> bool:
+    return len(name) == _KEY_DIGITS and not name.startswith(".")
+
+
 def _footer_of(folder: Path) -> dict[str, Any] | None:
-    is_key = len(folder.name) == _KEY_DIGITS and not folder.name.startswith(".")
-    return read_entry(folder) if is_key else None
+    return read_entry(folder) if _is_key(folder.name) else None
 
 
 def _entry(folder: Path, footer: dict[str, Any]) -> Entry:

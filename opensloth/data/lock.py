@@ -48,11 +48,15 @@ class BuildLock:
         if self._path.exists():
             return False
         self._beat.write()
-        if not create_json(self._path, {"token": self.token, **_this_process()}):
-            self._beat_path.unlink(missing_ok=True)
-            return False
-        self._beat.start()
-        return True
+        acquired = False
+        try:
+            acquired = create_json(self._path, {"token": self.token, **_this_process()})
+        finally:
+            if not acquired:  # somebody else has it, or there is no room for it
+                self._beat_path.unlink(missing_ok=True)
+        if acquired:
+            self._beat.start()
+        return acquired
 
     def release(self) -> None:
         self._beat.stop()
@@ -109,7 +113,9 @@ def _break_lock(path: Path, token: str) -> None:
         with contextlib.suppress(FileExistsError):  # a third one holds it: publishing twice does no harm
             os.link(aside, path)
     aside.unlink()
-    beat_path(path, token).unlink(missing_ok=True)
+    beat = beat_path(path, token)
+    for left in (beat, *beat.parent.glob(f".{beat.name}.*.tmp")):  # it may have been killed while it wrote its beat
+        left.unlink(missing_ok=True)
 
 
 def _this_process() -> dict[str, Any]:

@@ -56,8 +56,9 @@ def make_entry(root: Path, key: str, days: float, used_by: Path | None = None, u
     folder = root / "cache" / key
     write(folder / "train" / "data.bin", 512)
     counts = {"documents": 1, "tokens": 1}
-    footer = {"format": cache.FORMAT_VERSION, "name": "d", "counts": counts, "created": NOW - days * DAY}
-    write_json(folder / cache.FOOTER_FILE, footer | {"files": {"train/data.bin": {"size": 512}}})
+    files = {"train/data.bin": {"size": 512}}
+    footer = {"name": "d", "counts": counts, "created": NOW - days * DAY, "files": files}
+    write_json(folder / cache.FOOTER_FILE, cache.sealed(footer))
     age(folder, days)
     if used_by is not None:
         marker = root / "cache" / cache.USES_DIR / key / used_by.name

@@ -244,6 +244,7 @@ entry = Path(sys.argv[1])
 lock = BuildLock(entry.with_name(entry.name + ".lock"))
 assert lock.try_acquire()
 (entry.with_name(f".{entry.name}.{lock.token}.building") / "train").mkdir(parents=True)
+entry.with_name(f"..{entry.name}.{lock.token}.beat.0123abcd.tmp").touch()  # half a beat
 print("held", flush=True)
 time.sleep(60)
 """
