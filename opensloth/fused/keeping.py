@@ -31,7 +31,9 @@ def _bytes(config: Any) -> dict[Keep, int]:
     """What a layer keeps of a token, in 16 bits."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attended, width = config.num_attention_heads * head, config.hidden_size
-    half = 3 * width + 2 * attended + 2 * config.num_key_value_heads * head  # x, normed, qkv, attention's output, y
+    qkv = attended + 2 * config.num_key_value_heads * head
+    copies = 2 if config.model_type == "qwen3" else 1  # before and after the norm of its heads
+    half = 3 * width + copies * qkv + attended  # x, normed, qkv, attention's output, y
     return {
         Keep.ALL: 2 * (half + width + 2 * config.intermediate_size),
         Keep.ATTENTION: 2 * half,

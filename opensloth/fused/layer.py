@@ -42,11 +42,16 @@ class Norm:
 
 @dataclass
 class Attended:
-    """What the first half of a layer keeps for its way back. T rows each; norms' scales are float32 [T]."""
+    """What the first half of a layer keeps for its way back. T rows each; norms' scales are float32.
+
+    raw: qkv before its heads are normed; the same tensor as qkv, with head_scale None, where they are not.
+    """
 
     x: Tensor
     scale: Tensor
     normed: Tensor
+    raw: Tensor
+    head_scale: Tensor | None
     qkv: Tensor
     attended: Tensor
     lse: Tensor
@@ -90,6 +95,10 @@ class Layer:
             scale=float(attention.scaling),
         )
         self._turned = self._heads.query + self._heads.key_value
+        self._head_norms: tuple[Tensor, Tensor] | None = None
+        if hasattr(attention, "q_norm"):
+            self._head_norms = (attention.q_norm.weight, attention.k_norm.weight)
+            self._head_eps = float(attention.q_norm.variance_epsilon)
         self._keep, self._chunk = keep, chunk
         self._staged: dict[Projection, Staged] = {}
         self._deal_attention = self._deal_mlp = operations.Copies([])
@@ -142,12 +151,20 @@ class Layer:
         tokens = len(x)
         normed = self._qkv.room_for_input(tokens)
         scale = self._norms[0].forward(x, normed[:, : self._qkv.inputs])
-        qkv = self._qkv.forward(normed)
-        operations.rotate(qkv, documents.cos, documents.sin, self._turned)
+        raw = self._qkv.forward(normed)
+        qkv, head_scale = self._turn(raw, documents)
         attended = self._out.room_for_input(tokens)
         lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
         y = self._out.forward(attended, residual=x)
-        return Attended(x, scale, normed, qkv, attended, lse), y
+        return Attended(x, scale, normed, raw, head_scale, qkv, attended, lse), y
+
+    def _turn(self, raw: Tensor, documents: Documents) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys turned by their positions, normed by heads before where the model does that."""
+        if self._head_norms is None:
+            operations.rotate(raw, documents.cos, documents.sin, self._turned)
+            return raw, None
+        qkv = torch.empty_like(raw)
+        return qkv, operations.norm_rotate(raw, self._head_norms, self._head_eps, documents, self._heads, qkv)
 
     def _attend_backward(self, dy: Tensor, kept: Attended, documents: Documents, dx: Tensor | None) -> None:
         width = self._out.inputs
@@ -163,7 +180,10 @@ class Layer:
             self._heads,
             dqkv[:, : self._qkv.outputs],
         )
-        operations.rotate(dqkv, documents.cos, documents.sin, self._turned, inverse=True)
+        if self._head_norms is None or kept.head_scale is None:
+            operations.rotate(dqkv, documents.cos, documents.sin, self._turned, inverse=True)
+        else:
+            operations.norm_rotate_backward(dqkv, kept.raw, self._head_norms, kept.head_scale, documents, self._heads)
         width = self._qkv.inputs
         if dx is None:
             self._qkv.fill_gradient_border(dqkv)

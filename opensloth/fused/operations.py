@@ -117,6 +117,67 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool = F
     turned.copy_(torch.stack((first * c - second * s, second * c + first * s), dim=2))
 
 
+def norm_rotate(
+    qkv: Tensor, weights: tuple[Tensor, Tensor], eps: float, documents: Documents, heads: Heads, out: Tensor
+) -> Tensor:
+    """Norm each query and key head by itself, and turn it by its position; values are copied.
+
+    qkv: [T, (query + 2 key_value) * D]. weights: of query and key heads, [D] each. out: as qkv, is written.
+    Returns float32 [T, query + key_value], one over each head's root mean square.
+    """
+    normed = heads.query + heads.key_value
+    width = normed * documents.cos.shape[1] * 2
+    out[:, width:] = qkv[:, width:]
+    if qkv.is_cuda:
+        from opensloth.fused.kernels import elementwise
+
+        rstd = torch.empty(qkv.shape[0], normed, dtype=torch.float32, device=qkv.device)
+        elementwise.norm_rotate(qkv, weights, eps, documents.cos, documents.sin, heads.query, out, rstd)
+        return rstd
+    x = qkv[:, :width].float().unflatten(1, (normed, -1))
+    rstd = torch.rsqrt(x.pow(2).mean(-1) + eps)
+    out[:, :width] = (x * rstd[..., None] * _by_head(weights, heads)).flatten(1)
+    rotate(out, documents.cos, documents.sin, normed)
+    return rstd
+
+
+def norm_rotate_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    weights: tuple[Tensor, Tensor],
+    rstd: Tensor,
+    documents: Documents,
+    heads: Heads,
+) -> None:
+    """grad: of `norm_rotate`'s out, becomes that of qkv; [T, (query + 2 key_value) * D].
+
+    Where the weights are trained, their gradients are added to.
+    """
+    normed = heads.query + heads.key_value
+    if qkv.is_cuda and not weights[0].requires_grad:
+        from opensloth.fused.kernels import elementwise
+
+        elementwise.norm_rotate_backward(grad, qkv, weights, documents.cos, documents.sin, heads.query, rstd)
+        return
+    rotate(grad, documents.cos, documents.sin, normed, inverse=True)
+    width = normed * documents.cos.shape[1] * 2
+    turned, x = (t[:, :width].float().unflatten(1, (normed, -1)) for t in (grad, qkv))
+    x = x * rstd[..., None]
+    if weights[0].requires_grad:
+        of_heads = (turned * x).sum(0)
+        for weight, part in zip(weights, of_heads.split((heads.query, heads.key_value)), strict=True):
+            if weight.grad is not None:
+                weight.grad.add_(part.sum(0))
+    weighted = turned * _by_head(weights, heads)
+    grad[:, :width] = (rstd[..., None] * (weighted - x * (weighted * x).mean(-1, keepdim=True))).flatten(1)
+
+
+def _by_head(weights: tuple[Tensor, Tensor], heads: Heads) -> Tensor:
+    """Float32 [query + key_value, D]."""
+    query, key = (weight.detach().float() for weight in weights)
+    return torch.cat((query.expand(heads.query, -1), key.expand(heads.key_value, -1)))
+
+
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """gate_up: [T, 2 I], gates first. out: [T, I], is written."""
     if out.is_cuda:

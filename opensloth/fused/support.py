@@ -10,7 +10,7 @@ from torch import nn
 
 from opensloth.model import base_of
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 STEADY_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose turns depend on a token's position alone."""
 HEAD_SIZES = frozenset({32, 64, 128})

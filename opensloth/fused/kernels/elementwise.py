@@ -84,6 +84,66 @@ def _rotate(x_ptr, cos_ptr, sin_ptr, stride_x, sign, HEADS: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def _norm_rotate(
+    x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, out_ptr, rstd_ptr, stride_x, stride_out, eps,
+    QUERY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK)
+    column = tl.arange(0, HALF)
+    ok = (head < HEADS)[:, None]
+    at = head[:, None] * (2 * HALF) + column[None, :]
+    first = tl.load(x_ptr + token * stride_x + at, mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + token * stride_x + at + HALF, mask=ok, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)
+    tl.store(rstd_ptr + token * HEADS + head, rstd, mask=head < HEADS)
+    is_query = (head < QUERY)[:, None]
+    w_first = tl.where(is_query, tl.load(q_weight_ptr + column)[None, :], tl.load(k_weight_ptr + column)[None, :])
+    w_second = tl.where(
+        is_query, tl.load(q_weight_ptr + HALF + column)[None, :], tl.load(k_weight_ptr + HALF + column)[None, :]
+    )
+    first = first * rstd[:, None] * w_first.to(tl.float32)
+    second = second * rstd[:, None] * w_second.to(tl.float32)
+    cos = tl.load(cos_ptr + token * HALF + column)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + column)[None, :]
+    into = out_ptr + token * stride_out + at
+    tl.store(into, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(into + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _norm_rotate_backward(
+    grad_ptr, x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rstd_ptr, stride_grad, stride_x,
+    QUERY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The gradient, in place."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK)
+    column = tl.arange(0, HALF)
+    ok = (head < HEADS)[:, None]
+    at = head[:, None] * (2 * HALF) + column[None, :]
+    cos = tl.load(cos_ptr + token * HALF + column)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + column)[None, :]
+    into = grad_ptr + token * stride_grad + at
+    d_first = tl.load(into, mask=ok, other=0.0).to(tl.float32)
+    d_second = tl.load(into + HALF, mask=ok, other=0.0).to(tl.float32)
+    is_query = (head < QUERY)[:, None]
+    w_first = tl.where(is_query, tl.load(q_weight_ptr + column)[None, :], tl.load(k_weight_ptr + column)[None, :])
+    w_second = tl.where(
+        is_query, tl.load(q_weight_ptr + HALF + column)[None, :], tl.load(k_weight_ptr + HALF + column)[None, :]
+    )
+    turned = (d_first * cos + d_second * sin) * w_first.to(tl.float32)
+    d_second = (d_second * cos - d_first * sin) * w_second.to(tl.float32)
+    rstd = tl.load(rstd_ptr + token * HEADS + head, mask=head < HEADS, other=0.0)[:, None]
+    first = tl.load(x_ptr + token * stride_x + at, mask=ok, other=0.0).to(tl.float32) * rstd
+    second = tl.load(x_ptr + token * stride_x + at + HALF, mask=ok, other=0.0).to(tl.float32) * rstd
+    mean = ((tl.sum(turned * first, 1) + tl.sum(d_second * second, 1)) / (2 * HALF))[:, None]
+    dtype = grad_ptr.dtype.element_ty
+    tl.store(into, (rstd * (turned - first * mean)).to(dtype), mask=ok)
+    tl.store(into + HALF, (rstd * (d_second - second * mean)).to(dtype), mask=ok)
+
+
+@triton.jit
 def _swiglu(gate_up_ptr, out_ptr, stride_gate_up, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -151,6 +211,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, inverse: bool) ->
     _rotate[(x.shape[0],)](
         x, cos, sin, x.stride(0), -1.0 if inverse else 1.0,
         HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=cos.shape[1], num_warps=4,
+    )  # fmt: skip
+
+
+def norm_rotate(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    query: int,
+    out: Tensor,
+    rstd: Tensor,
+) -> None:
+    """As `operations.norm_rotate`; out's first heads and rstd, float32 [T, heads], are written."""
+    heads = rstd.shape[1]
+    _norm_rotate[(x.shape[0],)](
+        x, *weights, cos, sin, out, rstd, x.stride(0), out.stride(0), eps,
+        QUERY=query, HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=cos.shape[1], num_warps=4,
+    )  # fmt: skip
+
+
+def norm_rotate_backward(
+    grad: Tensor, x: Tensor, weights: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, query: int, rstd: Tensor
+) -> None:
+    """As `operations.norm_rotate_backward`."""
+    heads = rstd.shape[1]
+    _norm_rotate_backward[(x.shape[0],)](
+        grad, x, *weights, cos, sin, rstd, grad.stride(0), x.stride(0),
+        QUERY=query, HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=cos.shape[1], num_warps=4,
     )  # fmt: skip
 
 

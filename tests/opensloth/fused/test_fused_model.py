@@ -68,7 +68,7 @@ def whole_model(kind: str) -> Any:
     return model
 
 
-def documents(count: int = 12) -> tiny.Documents:
+def documents(count: int = 6) -> tiny.Documents:
     """Longer than a tile of attention, and shorter."""
     return tiny.Documents(tiny.random_rows(count, longest=200))
 
@@ -89,8 +89,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("keep", Keep)
-@pytest.mark.parametrize("targets", [ALL, SOME], ids=["all", "some"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2", ALL), ("qwen3", ALL)])
 def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keep: Keep) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     model, batch = model_of(kind, targets=targets), packed(documents())
@@ -105,7 +104,7 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], 
 
 
 @pytest.mark.parametrize("keep", Keep)
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_every_weight_can_be_trained(kind: str, keep: Keep) -> None:
     """Norms, biases and embeddings too; tied embeddings get the head's gradient as well."""
     model, batch = whole_model(kind), packed(documents())
@@ -148,7 +147,7 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, full: bool) -> None:
     """Clipping bites; the last step is short; what the optimizer did is seen by the next step."""
-    rows = make_rows(documents(30), 256, packed=True, pad_id=0)
+    rows = make_rows(documents(12), 256, packed=True, pad_id=0)
     order = RowOrder(len(rows), BatchShape(1, 3, 1), seed=0)
 
     def train(fast: bool) -> tuple[list[float], list[float], list[torch.Tensor]]:
@@ -166,7 +165,7 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
         return losses, norms, [p.detach().clone() for p in parameters]
 
     plain, fast = train(fast=False), train(fast=True)
-    assert len(plain[0]) >= 4
+    assert len(plain[0]) >= 2
     assert min(plain[1]) > 0.05
     assert fast[0] == pytest.approx(plain[0], rel=1e-5)
     assert fast[1] == pytest.approx(plain[1], rel=1e-4)

@@ -38,7 +38,7 @@ def test_all_kernels_compute_what_plain_torch_does() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "8 passed" in run.stdout
+    assert "9 passed" in run.stdout
 
 
 def where(lengths: list[int]) -> Documents:
@@ -104,6 +104,25 @@ def test_rms_norm(beside: bool) -> None:
     of_weight = torch.zeros(56)
     operations.add_norm_gradient(grad, x, rstd, of_weight)
     close(elementwise.norm_gradient(grad, x, rstd).sum(0), of_weight)
+
+
+@kernel
+def test_norm_of_heads_and_rotation() -> None:
+    from opensloth.fused.kernels import elementwise
+
+    heads, tokens, half = Heads(5, 2, 1.0), 19, 16
+    documents = Documents([0, tokens], torch.empty(0), torch.randn(tokens, half), torch.randn(tokens, half))
+    qkv, weights = torch.randn(tokens, 9 * 2 * half), (torch.randn(2 * half), torch.randn(2 * half))
+    expected, found, rstd = torch.empty_like(qkv), qkv.clone(), torch.empty(tokens, 7)
+    expected_rstd = operations.norm_rotate(qkv, weights, 1e-6, documents, heads, expected)
+    elementwise.norm_rotate(qkv, weights, 1e-6, documents.cos, documents.sin, 5, found, rstd)
+    close(found, expected)
+    close(rstd, expected_rstd)
+    expected = torch.randn(tokens, 9 * 2 * half + 8)
+    found = expected.clone()
+    operations.norm_rotate_backward(expected[:, :-8], qkv, weights, rstd, documents, heads)
+    elementwise.norm_rotate_backward(found[:, :-8], qkv, weights, documents.cos, documents.sin, 5, rstd)
+    close(found, expected)
 
 
 @kernel
