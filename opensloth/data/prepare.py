@@ -37,7 +37,13 @@ BATCH_CHARACTERS = 1 << 20
 BATCHES_AHEAD = 3
 """Batches that are being tokenised, or wait for it, while another is rendered."""
 
+CHARACTERS_PER_TOKEN = 64
+"""No text comes to more on average, but for white space. What is longer than max_seq_length such tokens is over it."""
+
 DETECTION_ROWS = 64
+DETECTION_CHARACTERS = 1 << 24
+"""The rows that the format is told from end with the one that reaches this: they are in memory together."""
+
 SHOWN_BAD_ROWS = 5
 _MAY_BE_UNSEEN = ("reasoning_content", "tool_calls")
 
@@ -115,7 +121,7 @@ class SourcePreparation:
         Raises DataError: at a bad row unless they are skipped, at an overlong one if the config says so.
         """
         rows = self._limited_rows()
-        first = list(itertools.islice(rows, DETECTION_ROWS))
+        first = _first_of(rows)
         if not first:
             raise DataError(f"{self.source.name}: no rows in it", "is this the right file?")
         parser = self._parser(first)
@@ -158,9 +164,11 @@ class SourcePreparation:
             try:
                 if row.values is None:
                     raise RowProblem(row.problem)
-                item = self._render(parser, row)
+                item = self._in_reach(row, self._render(parser, row))
             except RowProblem as problem:
                 self._bad(row, problem)
+                continue
+            if item is None:
                 continue
             batch.append((row, item))
             characters += len(item.text) if isinstance(item, Rendered) else len(item.ids)
@@ -208,17 +216,36 @@ class SourcePreparation:
             elif kept := self._fitted(row, found):
                 yield kept
 
+    def _in_reach(self, row: Row, item: Rendered | Tokens) -> Rendered | Tokens | None:
+        """The item, less what no token within max_seq_length can hold: a text's tokens take a hundred times its memory.
+
+        None when the config drops it. Of a text that is cut here, `truncated_tokens` counts what is left.
+        """
+        reach = self.target.max_length * CHARACTERS_PER_TOKEN
+        if isinstance(item, Tokens) or len(item.text) <= reach:
+            return item
+        if not self._may_truncate(row, f"{len(item.text)} characters"):
+            return None
+        spans = [(begin, min(end, reach)) for begin, end in item.spans if begin < reach]
+        return Rendered(item.text[:reach], spans, bos=item.bos)
+
+    def _may_truncate(self, row: Row, length: str) -> bool:
+        """What becomes of a row over max_seq_length: true to truncate it; false when it is dropped, and counted."""
+        if self.args.overlength == "error":
+            raise DataError(
+                f"{row.where}: {length}, over max_seq_length {self.target.max_length}",
+                "raise opensloth.fast_model_args.max_seq_length, or set dataset.overlength to drop or truncate",
+            )
+        if self.args.overlength == "drop":
+            self.counts.dropped_overlength += 1
+            return False
+        return True
+
     def _fitted(self, row: Row, document: Document) -> Kept | None:
         """The document under the length policy; None when nothing is left of it to learn."""
         limit, length = self.target.max_length, len(document.ids)
         if length > limit:
-            if self.args.overlength == "error":
-                raise DataError(
-                    f"{row.where}: {length} tokens, over max_seq_length {limit}",
-                    "raise opensloth.fast_model_args.max_seq_length, or set dataset.overlength to drop or truncate",
-                )
-            if self.args.overlength == "drop":
-                self.counts.dropped_overlength += 1
+            if not self._may_truncate(row, f"{length} tokens"):
                 return None
             self.counts.truncated += 1
             self.counts.truncated_tokens += length - limit
@@ -260,3 +287,23 @@ class _Batch:
     rows: list[tuple[Row, Rendered | Tokens]]
     texts: list[Rendered]
     encodings: Future[list[Any]]
+
+
+def _first_of(rows: Iterator[Row]) -> list[Row]:
+    first: list[Row] = []
+    characters = 0
+    for row in rows:
+        first.append(row)
+        characters += _characters_in(row.values)
+        if len(first) == DETECTION_ROWS or characters >= DETECTION_CHARACTERS:
+            break
+    return first
+
+
+def _characters_in(value: Any, levels: int = 8) -> int:
+    """Of the texts in the first levels: a conversation has four."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict | list) and levels:
+        return sum(_characters_in(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return 0
