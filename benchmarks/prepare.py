@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ WANTED = {PAIRS: 3.0, MESSAGES: 2.0}
 CONTESTANTS = [OSLO, *(f"{what}, {n} {'process' if n == 1 else 'processes'}" for what in WANTED for n in (1, 2))]
 
 
-def trl_prepared(data: Path, model: Path, what: str, processes: int) -> tuple[float, Any]:
-    """Seconds in which TRL reads the file and prepares it, and the dataset that comes of it."""
+def trl_prepared(data: Path, model: Path, what: str, processes: int) -> tuple[workload.Stopwatch, Any]:
+    """What it takes TRL to read the file and prepare it, and the dataset that comes of it."""
     from datasets import Dataset, disable_caching, disable_progress_bars
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -51,25 +50,21 @@ def trl_prepared(data: Path, model: Path, what: str, processes: int) -> tuple[fl
         report_to="none",
     )
     tiny, tokenizer = AutoModelForCausalLM.from_config(shape), AutoTokenizer.from_pretrained(model)
-    spent = 0.0
+    watch = workload.Stopwatch()
 
     class Timed(SFTTrainer):
         def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            started = time.perf_counter()
-            prepared = super()._prepare_dataset(*args, **kwargs)
-            spent += time.perf_counter() - started
-            return prepared
+            with watch:
+                return super()._prepare_dataset(*args, **kwargs)
 
-    started = time.perf_counter()
-    rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
-    if what == PAIRS:
-        dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
-    else:
-        dataset = Dataset.from_list([{"messages": row} for row in rows])
-    spent += time.perf_counter() - started
+    with watch:
+        rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()]
+        if what == PAIRS:
+            dataset = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+        else:
+            dataset = Dataset.from_list([{"messages": row} for row in rows])
     trainer = Timed(model=tiny, args=arguments, train_dataset=dataset, processing_class=tokenizer)
-    return spent, trainer.train_dataset
+    return watch, trainer.train_dataset
 
 
 def check_masks(data: Path, model: Path, folder: Path) -> str:
@@ -95,13 +90,13 @@ def check_masks(data: Path, model: Path, folder: Path) -> str:
 
 
 def worker(name: str, data: Path, model: Path, folder: Path) -> None:
-    """One measurement, in a process of its own."""
+    """One measurement, in a process of its own: {seconds, cpu_seconds}."""
     if name == OSLO:
-        seconds = workload.build(data, model, folder / "cache")["seconds"]
-    else:
-        what, _, processes = name.partition(", ")
-        seconds, _ = trl_prepared(data, model, what, int(processes.split()[0]))
-    print(json.dumps({"seconds": seconds}))
+        print(json.dumps(workload.build(data, model, folder / "cache")))
+        return
+    what, _, processes = name.partition(", ")
+    watch, _ = trl_prepared(data, model, what, int(processes.split()[0]))
+    print(json.dumps(workload.taken(watch)))
 
 
 def report(rows: int, source: str, checked: str, runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -112,24 +107,33 @@ def report(rows: int, source: str, checked: str, runs: dict[str, list[dict[str, 
         f"{date}, {workload.processor()}, {os.cpu_count()} cores, {versions}.",
         f"{rows:,} rows of {source}, SmolLM2's tokenizer, {len(runs[OSLO])} rounds. Masks: {checked}.",
         "",
-        "| | rows/s, median (range) | peak memory, MiB |",
-        "|---|---|---|",
+        "| | rows/s, median (range) | processor, ms a row | peak memory, MiB |",
+        "|---|---|---|---|",
     ]
     for name, taken in runs.items():
         rates = [rows / one["seconds"] for one in taken]
+        processor = statistics.median(one["cpu_seconds"] for one in taken) / rows * 1000
         peak = max(one["peak_bytes"] for one in taken) / 2**20
-        middle = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
-        lines.append(f"| {name} | {middle} | {peak:,.0f} |")
-    lines += ["", "| oslo, times TRL's best in the same round | wanted | median (range) |", "|---|---|---|"]
+        lines.append(f"| {name} | {_with_range(rates, ',.0f')} | {processor:.2f} | {peak:,.0f} |")
+    lines += ["", "| oslo against TRL's best, round by round | wanted | times the rows/s | rows a processor second |"]
+    lines.append("|---|---|---|---|")
     for what, wanted in WANTED.items():
-        of_what = [taken for name, taken in runs.items() if name.startswith(what)]
-        ratios = [
-            min(one["seconds"] for one in theirs) / ours["seconds"]
-            for ours, *theirs in zip(runs[OSLO], *of_what, strict=True)
-        ]
-        middle = statistics.median(ratios)
-        lines.append(f"| {what} | {wanted:.1f} | {middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+        ratios = [_ratios(runs, what, measure) for measure in ("seconds", "cpu_seconds")]
+        lines.append(f"| {what} | {wanted} | {' | '.join(_with_range(one, '.2f') for one in ratios)} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratios(runs: dict[str, list[dict[str, Any]]], what: str, measure: str) -> list[float]:
+    """How many times oslo's figure the least of TRL's is, for each round."""
+    theirs = [taken for name, taken in runs.items() if name.startswith(what)]
+    return [
+        min(one[measure] for one in in_round) / ours[measure]
+        for ours, *in_round in zip(runs[OSLO], *theirs, strict=True)
+    ]
+
+
+def _with_range(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:

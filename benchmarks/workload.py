@@ -16,6 +16,22 @@ ROWS = QUICKSTART / "data" / "train.jsonl"
 SAMPLING_SECONDS = 0.02
 
 
+class Stopwatch:
+    """Adds up the seconds that pass under it, by the clock and of processors, also those of ended child processes."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._started = time.perf_counter(), sum(os.times()[:4])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        clock, cpu = self._started
+        self.seconds += time.perf_counter() - clock
+        self.cpu_seconds += sum(os.times()[:4]) - cpu
+
+
 def quickstart_model() -> Path:
     """The folder of the quickstart's model, SmolLM2-135M-Instruct, which is fetched when it is not there yet."""
     sys.path.insert(0, str(QUICKSTART))
@@ -47,7 +63,7 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def build(data: Path, model: Path, cache: Path, eval_fraction: float = 0.0) -> dict[str, Any]:
-    """What `python -m opensloth.data build` does, imports left out: {seconds, path}."""
+    """What `python -m opensloth.data build` does, imports left out: {path, seconds, cpu_seconds}."""
     from opensloth import run_config
     from opensloth.data.build import build
     from opensloth.tokenizer import load_tokenizer
@@ -61,27 +77,34 @@ def build(data: Path, model: Path, cache: Path, eval_fraction: float = 0.0) -> d
         }
     )
     assert config is not None, problems
-    started = time.perf_counter()
-    built = build(config, lambda *_, **__: None)
-    return {"seconds": time.perf_counter() - started, "path": built.path}
+    with Stopwatch() as watch:
+        built = build(config, lambda *_, **__: None)
+    return {"path": built.path, **taken(watch)}
+
+
+def taken(watch: Stopwatch) -> dict[str, float]:
+    return {"seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds}
 
 
 def measured(script: str, *arguments: object) -> dict[str, Any]:
-    """Run a script of this folder, whose last line of output is a JSON object; adds `peak_bytes` to it.
+    """Run a script of this folder, whose last line of output is a JSON object, and add to that what memory it took.
 
     peak_bytes: the largest sum of the resident memory of the process and all that it started.
+    peak_own_bytes: the same without pages of files, of which the system keeps more or fewer as it likes.
     """
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    peak = 0
+    peak = own_peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(map(_resident_bytes, _tree(process.pid))))
+        memory = [_memory_of(pid) for pid in _tree(process.pid)]
+        peak = max(peak, sum(resident for resident, _ in memory))
+        own_peak = max(own_peak, sum(own for _, own in memory))
         time.sleep(SAMPLING_SECONDS)
     output, errors = process.communicate()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors[-2000:]}")
-    return {**json.loads(output.splitlines()[-1]), "peak_bytes": peak}
+    return {**json.loads(output.splitlines()[-1]), "peak_bytes": peak, "peak_own_bytes": own_peak}
 
 
 def _tree(pid: int) -> list[int]:
@@ -95,11 +118,14 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _resident_bytes(pid: int) -> int:
+def _memory_of(pid: int) -> tuple[int, int]:
+    """Resident bytes, and those of them that are no file's; zeros when the process has just ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0  # it has just ended
+        resident, of_files = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+    except (OSError, ValueError):
+        return 0, 0
+    page = os.sysconf("SC_PAGE_SIZE")
+    return resident * page, (resident - of_files) * page
 
 
 def processor() -> str:
