@@ -41,11 +41,10 @@ from runner.kube.errors import ConflictError, ForbiddenError, MissingError, Refu
 from runner.patience import OUTAGE_SECONDS, patiently
 from runner.pod import CONFIG_ANNOTATION
 from runner.pod_evidence import by_time, seen
-from runner.pod_facts import Manifest, has_started, node_of
+from runner.pod_facts import JOB_NAME_LABEL, Manifest, has_started, node_of
 from runner.spec import OWN_PREFIX
 
 MANAGED: Final = "app.kubernetes.io/managed-by=oslo"
-JOB_NAME_LABEL: Final = "training.kubeflow.org/job-name"
 _TAIL_LINES: Final = 400
 """Of the master's log: enough to hold its last step and evaluation."""
 _POLL_SECONDS: Final = 2.0

@@ -56,8 +56,8 @@ def _end(pod: Manifest) -> Iterator[str]:
 
 
 def _events(facts: JobFacts) -> Iterator[str]:
-    """Of the job and of the pods that are there now; the same words once."""
-    uids = {about["metadata"].get("uid") for about in (facts.job, *facts.pods)}
+    """Of the job, and of its pods that do not simply run; the same words once."""
+    uids = {about["metadata"].get("uid") for about in (facts.job, *filter(_pod, facts.pods))}
     told = [event for event in facts.incidents if _tells(facts.job, event, uids)]
     found: dict[tuple[str, str], Manifest] = {}
     for event in reversed(told):

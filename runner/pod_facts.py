@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from runner.backend import CLUSTER_SCHEME
 from runner.pod import CONTAINER
 
+JOB_NAME_LABEL: Final = "training.kubeflow.org/job-name"
 INDEX_LABEL: Final = "training.kubeflow.org/replica-index"
 TYPE_LABEL: Final = "training.kubeflow.org/replica-type"
 STUCK_SECONDS: Final = 60
@@ -118,9 +120,11 @@ def _leaving(pod: Manifest, now: float) -> Wait:
             f'{free} -p \'{{"metadata":{{"finalizers":null}}}}\'. The run then goes on by itself',
         )
     node = pod.get("spec", {}).get("nodeName", "its node")
+    job = f"{CLUSTER_SCHEME}{meta.get('namespace', 'default')}/{meta['labels'].get(JOB_NAME_LABEL)}"
     return Wait(
         f"{text}, and {node} does not say that it has ended",
-        f"is {node} lost? By force: oslo cancel --force, then oslo resume: a pod that still runs writes nothing more",
+        f"if {node} is lost, by force: oslo cancel --force {job}, then oslo resume {job}: once the run has begun "
+        "again, a pod that still runs writes nothing more",
     )
 
 

@@ -206,6 +206,7 @@ def test_a_pod_that_is_stuck_terminating_is_let_go_by_the_command_that_why_gives
         assert re.search(held, told["sentence"])
         command = re.search(r"kubectl -n .*\}\}'", told["hint"])
         assert command, told["hint"]
+        cluster.until(run, lambda status: status["attempt"] == 2)  # the other pod has begun anew, and waits
         before = files_of_attempt(cluster, run, 1)
         subprocess.run(shlex.split(command[0]), check=True, env=admin_env())
         ends_the_same(cluster, run, undisturbed, tmp_path / "result")

@@ -222,6 +222,7 @@ def job(*conditions: str, **meta: Any) -> dict[str, Any]:
 def pod(kind: str, state: dict[str, Any] | None, phase: str = "Running", **changes: Any) -> dict[str, Any]:
     """state: of its container; changes: of status, or `meta`, `node`."""
     labels = {"training.kubeflow.org/replica-type": kind, "training.kubeflow.org/replica-index": "0"}
+    labels["training.kubeflow.org/job-name"] = RUN
     meta = {"name": f"{RUN}-{kind}-0", "namespace": "team", "uid": f"u-{kind}", "labels": labels}
     meta |= {"creationTimestamp": "2027-01-15T07:50:00Z"} | changes.pop("meta", {})
     node = changes.pop("node", "node-a")
@@ -294,7 +295,7 @@ GONE = {"deletionTimestamp": "2027-01-15T07:55:00Z"}
             pod("worker", RUNS, meta=GONE),
             [],
             "and node-a does not say that it has ended",
-            "oslo cancel --force, then oslo resume",
+            f"oslo cancel --force {THERE}, then oslo resume {THERE}",
         ),
     ],
 )
@@ -386,7 +387,8 @@ def test_a_stuck_pod_of_a_cancelled_run_is_told_with_its_finalizer() -> None:
 
 
 def test_a_run_that_trains_needs_no_evidence() -> None:
-    told = told_of(job("Created", "Running"), MASTER, pod("worker", RUNS), events=[event("BackOff", "x", "old")])
+    past = [event("BackOff", "x", "an earlier one"), event("FailedScheduling", "it has been scheduled since")]
+    told = told_of(job("Created", "Running"), MASTER, pod("worker", RUNS), events=past)
     assert told.evidence == []
 
 
