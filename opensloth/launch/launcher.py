@@ -240,7 +240,7 @@ class Launcher:
         ranks = part.attempt.outcomes(range(self._ranks * self._settings.nodes))
         found = first_cause([own, *nodes.values(), *ranks]) or own
         if found.cause == Cause.HUNG:  # by now the stacks of the other nodes' ranks are there too
-            found = hung_ending(part.attempt)
+            found = hung_ending(part.attempt, missing)
         if found.cause == Cause.PEER_LOST and missing:
             gone = ", ".join(map(str, missing))
             return Ending(Cause.PEER_LOST, f"node {gone} vanished without a word", "its pod or its machine was lost")

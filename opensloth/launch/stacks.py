@@ -107,8 +107,11 @@ def _wait_for(files: Sequence[Path]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def hung_ending(attempt: Attempt) -> Ending:
-    """From what the launcher that noticed it said, and the stacks that have been saved so far."""
+def hung_ending(attempt: Attempt, silent: Sequence[int] = ()) -> Ending:
+    """From what the launcher that noticed it said, and the stacks that have been saved so far.
+
+    silent: the nodes that said nothing about it.
+    """
     said = attempt.read(contract.HUNG_FILE) or {}
     found = sorted((_read_stack(path) for path in _stack_files(attempt)), key=lambda stack: stack.rank)
     culprits = [stack for stack in found if not stack.waits]
@@ -117,11 +120,10 @@ def hung_ending(attempt: Attempt) -> Ending:
     if len(culprits) > _NAMED:
         told.append(f"{len(culprits) - _NAMED} more stand still")
     if waiting:
-        told.append(
-            f"{waiting} other{'s' if waiting > 1 else ''} wait{'' if waiting > 1 else 's'} for it"
-            if culprits
-            else f"all {waiting} ranks that were heard of wait for others"
-        )
+        who, wait = ("other" if culprits else "rank"), ("wait" if waiting > 1 else "waits")
+        told.append(f"{waiting} {who}{'s' * (waiting > 1)} {wait} for {'it' if culprits else 'others'}")
+    if silent:
+        told.append(f"nothing was heard of node {', '.join(map(str, silent))}")
     head = f"no progress for {human_duration(said.get('seconds', 0.0))} at {said.get('doing', 'an unknown place')}"
     return Ending(
         Cause.HUNG,

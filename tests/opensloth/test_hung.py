@@ -111,6 +111,18 @@ def test_on_two_nodes_the_stacks_of_both_are_saved_and_both_end(pods: MakePods) 
     assert run.resumed() == [5]
 
 
+def test_a_node_that_stands_still_as_a_whole_is_noticed_by_the_others(pods: MakePods) -> None:
+    run = pods(env={"OSLO_HUNG_SECONDS": str(HUNG_SECONDS)})
+    run.start()
+    run.until_step(3)
+    for process in (run.launchers[1].pid, *run.torchruns(1), *run.ranks(1)):
+        os.kill(process, signal.SIGSTOP)
+    assert run.launchers[0].wait(timeout=120) == 143, run.said()
+    ended = run.attempt("ended.json")
+    assert ended["cause"] == "hung"
+    assert ended["message"].endswith(": 1 rank waits for others; nothing was heard of node 1")
+
+
 def test_a_slow_checkpoint_is_not_taken_for_a_hang(tmp_path: Path, model: Path) -> None:
     run = Run(tmp_path, model, devices=2, max_steps=8)
     run.env = {"OSLO_HUNG_SECONDS": str(HUNG_SECONDS)} | with_faults(save_seconds=2 * HUNG_SECONDS)

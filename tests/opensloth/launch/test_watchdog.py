@@ -139,7 +139,7 @@ STANDS = """Thread 0x00007f02 (most recent call first):
         ([("T", WAITS), ("S", WAITS), ("S", WAITS)], "rank 0 was stopped by a signal and stands at "),
         ([("S", WAITS), ("D wait_on_page", "")], "rank 1 is stuck in the kernel; 1 other waits for it"),
         ([("S", WAITS), ("gone", "")], "rank 1 has not begun, or has left; 1 other waits for it"),
-        ([("S", WAITS)] * 2, "all 2 ranks that were heard of wait for others"),
+        ([("S", WAITS)] * 2, ": 2 ranks wait for others"),
         ([("S", STANDS)] * 6, "; 2 more stand still"),
         ([], "no rank could be looked at"),
     ],
@@ -149,6 +149,8 @@ def test_who_stands_where(tmp_path: Path, ranks: list[tuple[str, str]], said: st
     attempt.declare_hung(0, 1, 660.0, "step 4")
     for rank, (state, stack) in enumerate(ranks):
         (attempt.folder / f"rank-{rank}.stacks").write_text(HEAD.format(rank=rank, state=state) + stack)
+    assert "nothing was heard" not in hung_ending(attempt).message
+    assert hung_ending(attempt, [2, 3]).message.endswith("nothing was heard of node 2, 3")
     ending = hung_ending(attempt)
     assert (ending.cause, ending.exit_code) == (Cause.HUNG, 143)
     assert said in ending.message
