@@ -28,6 +28,8 @@ def _step(event: Event) -> str:
     parts += [f"loss {_loss(event.get('loss'))}"]
     if (rate := event.get("target_tokens_per_second")) is not None:
         parts.append(f"{rate:,.0f} target tok/s")
+    if (mfu := event.get("mfu")) is not None:
+        parts.append(f"MFU {mfu:.0%}")
     if (memory := event.get("memory")) is not None:
         parts.append(human_bytes(memory))
     if (eta := event.get("eta")) is not None:

@@ -9,9 +9,10 @@ seconds, memory in bytes):
     check       check: packing, cosine, norm_ratio (of gradients, packed against alone), remembered, seconds
     note        level: info | warning, message
     plan        rows, documents, tokens, target_tokens, rows_per_step, steps_per_epoch, total_steps, ...
+    engine      engine: fused | torch, reason
     resumed     step, checkpoint
     step        step, total_steps, epoch, loss, learning_rate, grad_norm, target_tokens, tokens,
-                target_tokens_per_second, tokens_per_second, memory, eta
+                target_tokens_per_second, tokens_per_second, memory, data_wait, mfu, eta
     eval        step, loss, target_tokens, seconds
     checkpoint  step, path, seconds
     result      final, steps, loss, eval_loss, target_tokens, seconds

@@ -17,7 +17,11 @@ RU_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class Reading:
-    """loss: nats a target, over the stretch. grad_norm: of its last step. eta: seconds. memory: peak bytes."""
+    """loss: nats a target, over the stretch. grad_norm: of its last step. eta: seconds. memory: peak bytes.
+
+    data_wait: share of the time in which batches were made. mfu: share of the device's measured speed that went
+    into the operations counted by `opensloth.flops`; None where either is unknown.
+    """
 
     loss: float
     grad_norm: float
@@ -26,14 +30,18 @@ class Reading:
     target_tokens_per_second: float
     tokens_per_second: float
     memory: int
+    data_wait: float
+    mfu: float | None
     eta: float
 
 
 class Meter:
     """Sums up steps between two readings; evaluation and checkpoints count as time, as they do for a person."""
 
-    def __init__(self, device: torch.device, total_steps: int) -> None:
-        self._device, self._total_steps = device, total_steps
+    def __init__(self, device: torch.device, total_steps: int, peak: float | None = None) -> None:
+        """peak: operations a second of which the device is capable; None: unknown."""
+        self._device, self._total_steps, self._peak = device, total_steps, peak
+        self._waited = self._operations = 0.0
         self._since = time.monotonic()
         self._earlier: list[StepTotals] = []
         self._steps: list[StepTotals] = []
@@ -41,6 +49,11 @@ class Meter:
 
     def add(self, totals: StepTotals) -> None:
         self._steps.append(totals)
+
+    def add_work(self, operations: float, waited: float) -> None:
+        """Operations of this rank in a step, and the seconds that it waited for its batches."""
+        self._operations += operations
+        self._waited += waited
 
     @property
     def pending(self) -> list[tuple[float, int, int, float]]:
@@ -57,6 +70,7 @@ class Meter:
         seconds, self._since = max(1e-9, now - self._since), now
         own, steps = self._steps, self._earlier + self._steps
         self._earlier, self._steps = [], []
+        waited, operations, self._waited, self._operations = self._waited, self._operations, 0.0, 0.0
         targets = sum(s.targets for s in steps)
         return Reading(
             loss=sum(s.loss_sum for s in steps) / max(1, targets),
@@ -66,6 +80,8 @@ class Meter:
             target_tokens_per_second=round(sum(s.targets for s in own) / seconds, 1),
             tokens_per_second=round(sum(s.tokens for s in own) / seconds, 1),
             memory=peak_memory_bytes(self._device),
+            data_wait=round(waited / seconds, 4),
+            mfu=round(operations / seconds / self._peak, 4) if self._peak and operations else None,
             eta=round(self._pace(seconds / len(own)) * (self._total_steps - done), 1),
         )
 

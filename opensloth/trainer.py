@@ -23,6 +23,7 @@ from opensloth.data.training_data import Rows
 from opensloth.dist import World, broadcast_parameters, sum_over_ranks
 from opensloth.errors import DataError, NonFiniteError, StopRequested
 from opensloth.events import Events
+from opensloth.flops import measured_peak, work_of
 from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
 from opensloth.optimizer import make_optimizer, make_scheduler, restore
@@ -120,7 +121,9 @@ class SftTrainer:
         self._last_good: Path | None = None
         """The checkpoint that this training wrote last, or else went on from, and its step."""
         self._saved_step = 0
-        self._meter = Meter(world.device, self.plan.total_steps)
+        self._work = work_of(model)
+        self._peak = measured_peak(world.device, autocast or torch.float32) if self._work else None
+        self._meter = Meter(world.device, self.plan.total_steps, self._peak)
         self._targets_seen = 0
         self._rate = 0.0
         self._loss: float | None = None
@@ -139,7 +142,7 @@ class SftTrainer:
         started = time.monotonic()
         torch.manual_seed(self._training.seed + self._world.rank)
         wanted = self._training.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        self._meter = Meter(self._world.device, self.plan.total_steps)
+        self._meter = Meter(self._world.device, self.plan.total_steps, self._peak)
         first = self._resume(wanted)
         self._reporting.begin()
         self.model.train()
@@ -219,7 +222,10 @@ class SftTrainer:
         micro_batches = self._order.micro_batches(step, self._world.rank)
         if self._config.opensloth.log_level == "debug":
             self._say_rows(step, micro_batches)
+        started = time.monotonic()
         batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
+        waited = time.monotonic() - started
+        self._meter.add_work(sum(self._work.of(batch) for batch in batches) if self._work else 0.0, waited)
         sums = accumulate_gradients(self._objective, batches, self._world)
         totals = StepTotals(*sums, grad_norm=self._objective.clip(self._training.max_grad_norm))
         if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
@@ -278,6 +284,8 @@ class SftTrainer:
                 "learning_rate": self._rate,
                 "target_tokens_per_second": reading.target_tokens_per_second,
                 "tokens_per_second": reading.tokens_per_second,
+                "data_wait": reading.data_wait,
+                **({"mfu": reading.mfu} if reading.mfu is not None else {}),
             }
         )
         self._events.emit(

@@ -466,5 +466,6 @@ def test_memory_and_speed_are_in_every_event(tmp_path: Path) -> None:
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
     assert all(event["memory"] > 1e8 and event["target_tokens_per_second"] > 0 for event in steps)
+    assert all(0 < event["data_wait"] < 1 and event["mfu"] is None for event in steps)
     assert steps[-1]["eta"] == 0
     assert steps[0]["time"] >= started - 1

@@ -1,0 +1,78 @@
+"""The arithmetic that a training step cannot do without, and how fast this device multiplies: what MFU is made of.
+
+Counted is what the loss and its gradient take: two operations for each weight and token forward, two for the
+gradient of the inputs, two more for a weight that is trained; frozen weights under an adapter take four, not six.
+Attention counts the half of each document's square that is seen, the head only positions that predict a target.
+Recomputing counts for nothing: it is a means, not the work.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensloth.data.batch import Batch
+from opensloth.model import base_of
+
+_FORWARD, _INPUTS, _WEIGHTS = 2, 2, 2
+_SIZE = 4096
+_PRODUCTS = 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations for each token, for each target, and for each token squared of a document's length."""
+
+    token: float
+    target: float
+    squared: float
+
+    def of(self, batch: Batch) -> float:
+        """Operations of one batch, forward and backward."""
+        return self.token * batch.tokens + self.target * len(batch.targets) + self.squared * _squares(batch)
+
+
+def work_of(model: nn.Module) -> Work | None:
+    """None for a mixture of experts, of which each token sees a part."""
+    config: Any = base_of(model).config.get_text_config()
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    embeddings, head = base_of(model).get_input_embeddings().weight, base_of(model).get_output_embeddings().weight
+    token = sum(
+        _operations(weight)
+        for weight in model.parameters()
+        if weight.ndim == 2 and weight is not embeddings and weight is not head
+    )
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 3 * _FORWARD * config.num_hidden_layers * config.num_attention_heads * size
+    return Work(token, _operations(head), attention)
+
+
+def _operations(weight: torch.Tensor) -> int:
+    return weight.numel() * (_FORWARD + _INPUTS + (_WEIGHTS if weight.requires_grad else 0))
+
+
+def _squares(batch: Batch) -> float:
+    offsets = batch.inputs.get("document_offsets")
+    lengths = offsets.diff() if offsets is not None else batch.inputs["attention_mask"].sum(1)
+    return float(lengths.double().pow(2).sum())
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second of large matrix products on this very device; None on a CPU. Takes some milliseconds."""
+    if device.type != "cuda":
+        return None
+    one, other = (torch.randn(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(one)
+    for _ in range(3):
+        torch.mm(one, other, out=out)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(_PRODUCTS):
+        torch.mm(one, other, out=out)
+    torch.cuda.synchronize(device)
+    return _PRODUCTS * 2 * _SIZE**3 / (time.perf_counter() - started)
