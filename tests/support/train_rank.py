@@ -96,9 +96,12 @@ def weights(trainer: SftTrainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+SAID = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_targets")
+
+
 def history(trainer: SftTrainer) -> list[dict[str, float]]:
-    """What was logged, without the speeds."""
-    return [{k: v for k, v in entry.items() if "per_second" not in k} for entry in trainer.state.log_history]
+    """What was logged, without what depends on the clock."""
+    return [{key: entry[key] for key in SAID if key in entry} for entry in trainer.state.log_history]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
