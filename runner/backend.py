@@ -112,12 +112,14 @@ class Findings:
     """What `oslo why` is told from.
 
     attempts: the latest ones, the oldest first; none: there are none, or they could not be read.
-    seen: what else bears witness, sentences, the most telling first.
+    seen: what else bears witness, sentences, the most telling first. deleted: the cluster has its object no more, and
+    another submit is the only way on.
     """
 
     status: RunStatus
     attempts: Sequence[AttemptRecord] = ()
     seen: Sequence[str] = ()
+    deleted: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class ClusterHistory:
         return replace(status, state=State.CANCELLED, cause=Cause.CANCELLED, reason=reason, hint=None, eta=None)
 
     def findings(self, run: str) -> Findings:
-        return Findings(self.get(run), self.attempts(run))
+        return Findings(self.get(run), self.attempts(run), deleted=True)
 
     def attempts(self, run: str) -> list[AttemptRecord]:
         """The latest, the oldest first."""

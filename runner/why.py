@@ -58,14 +58,15 @@ def explain(findings: Findings) -> Why:
         sentence=told,
         evidence=list(dict.fromkeys(line for line in lines if line not in told))[:EVIDENCE_LINES],
         hint=status.hint,
-        next=next_command(status)[0],
+        next=next_command(status, deleted=findings.deleted)[0],
         attempts=list(findings.attempts),
     )
 
 
-def text(why: Why, status: RunStatus) -> str:
+def text(why: Why, findings: Findings) -> str:
     """For people."""
-    return "\n".join([why.sentence, *(f"  {line}" for line in why.evidence), f"next: {next_step(status)}"])
+    then = next_step(findings.status, deleted=findings.deleted)
+    return "\n".join([why.sentence, *(f"  {line}" for line in why.evidence), f"next: {then}"])
 
 
 # --- the sentence, and what comes next ----------------------------------------------------------------
@@ -93,18 +94,20 @@ def _steps(status: RunStatus, words: str) -> str:
     return words.format(step=status.step, total=status.total_steps or "?")
 
 
-def next_step(status: RunStatus) -> str:
-    """The hint of who failed or waits, and the command that comes next."""
-    command = "   ".join(next_command(status))
+def next_step(status: RunStatus, *, deleted: bool = False) -> str:
+    """The hint of who failed or waits, and the command that comes next. deleted: as in Findings."""
+    command = "   ".join(next_command(status, deleted=deleted))
     return f"{status.hint}\n  {command}" if status.hint else command
 
 
-def next_command(status: RunStatus) -> tuple[str, str]:
-    """(a command that works, what it does)."""
+def next_command(status: RunStatus, *, deleted: bool = False) -> tuple[str, str]:
+    """(a command that works, what it does). deleted: as in Findings."""
     handle, on_cluster = status.handle, status.handle.startswith(CLUSTER_SCHEME)
     match status.state:
         case State.SUCCEEDED:
             return f"oslo pull {handle}", "copies the result here, and says how to use it"
+        case State.CANCELLED | State.FAILED if deleted:
+            return f"oslo logs {handle}", "shows the log; oslo submit FILE goes on from the last checkpoint"
         case State.CANCELLED:
             return f"oslo resume {handle}", "goes on from the last checkpoint"
         case State.FAILED if status.cause in _GO_ON:

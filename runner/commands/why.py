@@ -22,4 +22,4 @@ def why(job: str, as_json: bool) -> None:
     if as_json:
         output.show_json(found.to_json())
     else:
-        output.show(reasons.text(found, findings.status))
+        output.show(reasons.text(found, findings))

@@ -160,6 +160,7 @@ def test_a_deleted_job_is_still_told_by_its_files(cluster: OnCluster, model: Pat
     status = cluster.status(run)
     assert (status["state"], status["step"], status["handle"]) == ("succeeded", 6, submitted.handle)
     assert list(steps_of(cluster.events(run))) == [1, 2, 3, 4, 5, 6]
+    assert f"{submitted.handle} has succeeded after 6 steps" in cluster.oslo("why", run).out
     assert cluster.oslo("pull", run, tmp_path / "result").code == 0
     again = cluster.submit(file, "--follow")
     assert again.code == 0, again.err

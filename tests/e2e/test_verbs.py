@@ -84,10 +84,13 @@ def test_a_users_fault_ends_it_at_once(place: Place, model: Path, tmp_path: Path
     assert (status["state"], status["cause"], status["exit_code"], status["attempt"]) == ("failed", "data", 3, 1)
     assert ".jsonl:3: expected a list of messages" in status["reason"]
     assert place.oslo("wait", answer.handle).code == 100
+    told = place.oslo("why", answer.handle, "-o", "json").json()
+    assert told["sentence"] in answer.err
+    assert (told["cause"], [attempt["cause"] for attempt in told["attempts"]]) == ("data", ["data"])
 
 
 def test_what_is_not_there(place: Place) -> None:
-    for verb in ("status", "logs", "wait", "cancel", "resume"):
+    for verb in ("status", "why", "logs", "wait", "cancel", "resume"):
         answer = place.oslo(verb, "nobody-12345678")
         assert answer.code == 102, f"{verb}: {answer.err}"
         assert "there is no run nobody-12345678" in answer.err

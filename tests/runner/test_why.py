@@ -87,7 +87,7 @@ def test_whoever_tells_of_a_failure_tells_it_in_the_same_words(oslo: Oslo, sft: 
 def test_every_state_has_its_sentence_and_command(found: RunStatus, sentence: str, command: str) -> None:
     told = why.explain(Findings(found))
     assert (told.sentence, told.next) == (sentence, command)
-    assert why.text(told, found).splitlines()[-1].startswith(f"next: {command}   ")
+    assert why.text(told, Findings(found)).splitlines()[-1].startswith(f"next: {command}   ")
 
 
 @pytest.mark.parametrize("cause", sorted(EXIT_CODE_OF_CAUSE))
@@ -97,6 +97,14 @@ def test_what_may_pass_is_resumed_and_what_will_come_again_is_looked_at(cause: s
     passes = EXIT_CODE_OF_CAUSE[cause] >= 128 or cause in ("budget", "start_timeout")
     command, _ = why.next_command(status(State.FAILED, cause=cause))
     assert command == (f"oslo resume {HERE}" if passes else f"oslo logs {HERE}")
+
+
+@pytest.mark.parametrize("state", [State.CANCELLED, State.FAILED])
+def test_what_has_no_object_any_more_is_not_to_be_resumed(state: State) -> None:
+    found = Findings(status(state, THERE, cause="killed", reason="its object was deleted"), deleted=True)
+    told = why.explain(found)
+    assert told.next == f"oslo logs {THERE}"
+    assert "oslo submit FILE goes on" in why.text(told, found)
 
 
 def test_why_of_a_run_that_goes_on_and_of_one_that_is_not_there(oslo: Oslo, sft: Path) -> None:
