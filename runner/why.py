@@ -156,13 +156,15 @@ def _of_last(attempt: AttemptRecord, status: RunStatus) -> Iterator[str]:
 
 def _of_earlier(attempt: AttemptRecord) -> str:
     began = f" (from step {attempt.checkpoint_step})" if attempt.checkpoint_step is not None else ""
-    ended = (
-        f"{attempt.cause}: {attempt.message}"
-        if attempt.cause
-        else attempt.message or "its launcher was killed: it has no end"
-    )
     where = "; ".join(_standing(attempt))
-    return f"attempt {attempt.number}{began}: {ended}" + (f"; {where}" if where else "")
+    return f"attempt {attempt.number}{began}: {_ending(attempt)}" + (f"; {where}" if where else "")
+
+
+def _ending(attempt: AttemptRecord) -> str:
+    message = attempt.message or ""
+    if attempt.cause is None:
+        return message or "its launcher was killed: it has no end"
+    return message if message.startswith(attempt.cause) else f"{attempt.cause}: {message}"
 
 
 def _standing(attempt: AttemptRecord) -> Iterator[str]:
