@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import TrainerState
 
 from opensloth import arithmetic, checkpoint, engine
 from opensloth.contract import Cause
+from opensloth.data.ahead import Ahead
+from opensloth.data.batch import Batch
 from opensloth.data.order import RowOrder
 from opensloth.data.training_data import Rows
 from opensloth.dist import World, broadcast_parameters, sum_over_ranks
@@ -149,11 +149,11 @@ class SftTrainer:
         if self._training.eval_on_start and first == 0:
             self.evaluate()
         try:
-            with self._place.orders:
+            with self._place.orders, Ahead(self._batches, self.plan.total_steps) as ahead:
                 for step in range(first, self.plan.total_steps):
                     self._place.pulse.step(step + 1, first=step == first)
                     self._leave_if_asked(step)
-                    self._meter.add(self._step(step))
+                    self._meter.add(self._step(step, ahead))
                     self._after_step(step + 1)
         finally:
             self._reporting.end()
@@ -217,13 +217,17 @@ class SftTrainer:
 
     # --- one step ----------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> StepTotals:
-        random_state = checkpoint.random_state(self._world.device)
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step that have any rows."""
         micro_batches = self._order.micro_batches(step, self._world.rank)
+        return [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
+
+    def _step(self, step: int, ahead: Ahead) -> StepTotals:
+        random_state = checkpoint.random_state(self._world.device)
         if self._config.opensloth.log_level == "debug":
-            self._say_rows(step, micro_batches)
+            self._say_rows(step)
         started = time.monotonic()
-        batches = [self._train_rows.batch(rows) for rows in micro_batches if len(rows)]
+        batches = ahead.batches(step)
         waited = time.monotonic() - started
         self._meter.add_work(sum(self._work.of(batch) for batch in batches) if self._work else 0.0, waited)
         sums = accumulate_gradients(self._objective, batches, self._world)
@@ -239,9 +243,9 @@ class SftTrainer:
         self.state.num_input_tokens_seen += totals.tokens
         return totals
 
-    def _say_rows(self, step: int, micro_batches: Sequence[npt.NDArray[np.int64]]) -> None:
+    def _say_rows(self, step: int) -> None:
         """Which rows of the plan this rank trains, in its own log: what all ranks say together is the step."""
-        rows = " ".join(str(row) for batch in micro_batches for row in batch)
+        rows = " ".join(str(row) for batch in self._order.micro_batches(step, self._world.rank) for row in batch)
         sys.stdout.write(f"step {step + 1} rows {rows}\n")
         sys.stdout.flush()
 
