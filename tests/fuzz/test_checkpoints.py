@@ -118,26 +118,31 @@ def restore(folder: Path, as_written: Files) -> None:
 
 
 def _some_file(r: random.Random, folder: Path) -> Path:
-    files = sorted(path for path in folder.glob("*") if path.is_file())
+    files = sorted(path for path in folder.glob("*") if _is_plain(path))
     return r.choice(files) if files else folder / "none"
+
+
+def _is_plain(path: Path) -> bool:
+    """Not a pipe, which would be waited for, nor a link, behind which the older checkpoint may stand."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _bytes(r: random.Random, folder: Path) -> None:
     path = _some_file(r, folder)
-    if path.is_file():
+    if _is_plain(path):
         path.write_bytes(mutated_bytes(r, path.read_bytes(), WORDS))
 
 
 def _one_bit(r: random.Random, folder: Path) -> None:
     path = _some_file(r, folder)
-    if data := bytearray(path.read_bytes() if path.is_file() else b""):
+    if data := bytearray(path.read_bytes() if _is_plain(path) else b""):
         data[r.randrange(len(data))] ^= 1 << r.randrange(8)
         path.write_bytes(data)
 
 
 def _one_bit_of_the_manifest(r: random.Random, folder: Path) -> None:
     path = folder / MANIFEST
-    if data := bytearray(path.read_bytes() if path.is_file() else b""):
+    if data := bytearray(path.read_bytes() if _is_plain(path) else b""):
         data[r.randrange(len(data))] ^= 1 << r.randrange(8)
         path.write_bytes(data)
 
@@ -145,14 +150,16 @@ def _one_bit_of_the_manifest(r: random.Random, folder: Path) -> None:
 def _zeros(r: random.Random, folder: Path) -> None:
     """What a crash leaves of a file whose size was written before its blocks."""
     path = _some_file(r, folder)
-    if path.is_file():
+    if _is_plain(path):
         size = path.stat().st_size
         os.truncate(path, r.randint(0, size))
         os.truncate(path, size)
 
 
 def _gone(r: random.Random, folder: Path) -> None:
-    _some_file(r, folder).unlink(missing_ok=True)
+    path = _some_file(r, folder)
+    if _is_plain(path):
+        path.unlink()
 
 
 def _more(r: random.Random, folder: Path) -> None:
@@ -168,7 +175,7 @@ def _more(r: random.Random, folder: Path) -> None:
 def _another_kind(r: random.Random, folder: Path) -> None:
     """A folder, a pipe or a link in place of a file."""
     path = _some_file(r, folder)
-    if not path.is_file():
+    if not _is_plain(path):
         return
     data = path.read_bytes()
     path.unlink()
@@ -191,7 +198,7 @@ def _another_kind(r: random.Random, folder: Path) -> None:
 
 def _swapped(r: random.Random, folder: Path) -> None:
     one, other = _some_file(r, folder), _some_file(r, folder)
-    if one.is_file() and other.is_file():
+    if _is_plain(one) and _is_plain(other):
         first, second = one.read_bytes(), other.read_bytes()
         one.write_bytes(second)
         other.write_bytes(first)
@@ -200,7 +207,7 @@ def _swapped(r: random.Random, folder: Path) -> None:
 def _from_the_other(r: random.Random, folder: Path) -> None:
     """A file of the checkpoint before: whole, and wrong."""
     path = _some_file(r, folder)
-    if path.is_file() and (theirs := folder.parent / "step-00000003" / path.name).is_file():
+    if _is_plain(path) and (theirs := folder.parent / "step-00000003" / path.name).is_file():
         path.write_bytes(theirs.read_bytes())
 
 
@@ -208,8 +215,8 @@ def _manifest(r: random.Random, folder: Path) -> None:
     """Another value, a key less or more, names that lead elsewhere."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        manifest = json.loads(path.read_bytes() if _is_plain(path) else b"")
+    except (ValueError, RecursionError):
         return
     if not (places := list(_places(manifest))):
         return
@@ -230,7 +237,7 @@ def _manifest(r: random.Random, folder: Path) -> None:
 def _same_manifest(_: random.Random, folder: Path) -> None:
     """Other white space, same values."""
     path = folder / MANIFEST
-    if path.is_file():
+    if _is_plain(path):
         try:
             path.write_text(json.dumps(json.loads(path.read_bytes())))
         except (ValueError, RecursionError):
