@@ -1,4 +1,7 @@
-"""Which architectures are packed, and that the others say why not and train one document a row."""
+"""Which architectures are packed, and that the others say why not and train one document a row.
+
+The slow ones take a minute.
+"""
 
 from __future__ import annotations
 

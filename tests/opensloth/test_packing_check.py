@@ -1,4 +1,7 @@
-"""The comparison of packed and single documents before the first step: what it sees, and that it leaves no trace."""
+"""The comparison of packed and single documents before the first step: what it sees, and that it leaves no trace.
+
+The slow ones take a minute and a half.
+"""
 
 from __future__ import annotations
 
@@ -171,6 +174,19 @@ def test_it_leaves_model_and_random_numbers_as_they_were() -> None:
     assert [module.training for module in model.modules()] == modes
     assert model.get_base_model().config._attn_implementation == attention.NAME
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", packing.LEAKS)
+def test_a_part_of_a_large_gradient_is_enough(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = isolated("llama", "full")
+    monkeypatch.setattr(packing_check, "WATCHED", sum(p.numel() for p in model.parameters()) / 5)
+    compared = []
+    agree = packing_check._agreement
+    monkeypatch.setattr(packing_check, "_agreement", lambda *given: compared.append(len(given[0])) or agree(*given))
+    assert agreement(model, cut(64)).within(EXACT)
+    assert not agreement(model, cut(packing_check.SHORTEST), packing.LEAKS[error]).within(ROUNDED)
+    assert compared == [4, 4], "of 21 tensors"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def test_runs_are_bit_identical_with_and_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
