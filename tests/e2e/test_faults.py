@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -378,9 +379,9 @@ SMALL_MIB = 160
 @pytest.fixture(scope="module")
 def small_volume(cluster: OnCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A claim of a file system of its own, on this machine: only where this machine's root is the node's."""
-    (node,) = cluster.kubectl("get", "nodes", "-o", "name").split()[:1]
-    if os.geteuid() != 0 or not Path("/var/lib/oslo-cluster/volumes").is_dir():
-        pytest.skip(f"{node} is another machine, or this is not its root: no file system can be mounted there")
+    address = "{.items[*].status.addresses[?(@.type=='InternalIP')].address}"
+    if os.geteuid() != 0 or not all(map(is_here, cluster.kubectl("get", "nodes", "-o", f"jsonpath={address}").split())):
+        pytest.skip("the node is another machine, or this is not its root: no file system can be mounted there")
     folder = tmp_path_factory.mktemp("small")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_MIB}m,mode=2777", "tmpfs", folder], check=True)
     meta = {"name": "small", "namespace": NAMESPACE}
@@ -402,6 +403,14 @@ def small_volume(cluster: OnCluster, tmp_path_factory: pytest.TempPathFactory) -
     cluster.kubectl("delete", "pvc", "small")
     cluster.kubectl("delete", "pv", "oslo-e2e-small")
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def is_here(address: str) -> bool:
+    """Whether it is an address of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe, suppress(OSError):
+        probe.bind((address, 0))
+        return True
+    return False
 
 
 def test_a_volume_that_is_full_or_read_only_ends_the_run_until_it_is_mended(
