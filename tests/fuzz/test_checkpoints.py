@@ -100,7 +100,7 @@ def contents(folder: Path) -> Any:
     """All that resuming takes from a checkpoint."""
     torch.manual_seed(0)
     tensors = read_tensors(folder, ALONE)
-    weights = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    weights = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
     flat = {name: value.tolist() for name, value in (*weights.items(), ("optimizer", tensors["optimizer"]))}
     return read_state(folder), flat, tensors["scheduler"], torch.get_rng_state().tolist()
 

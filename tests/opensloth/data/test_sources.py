@@ -222,6 +222,14 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path: Path, kind: str) -> None:
         list(readers.read_file(path))
 
 
+def test_a_column_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"texé": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace("texé".encode(), b"tex\xff\xff"))
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
+        list(readers.read_file(path))
+
+
 def test_an_arrow_file_whose_offsets_lead_astray(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     table = pa.table({"text": ["abc"]})
