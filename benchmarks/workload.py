@@ -13,7 +13,7 @@ from typing import Any
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 ROWS = QUICKSTART / "data" / "train.jsonl"
-SAMPLING_SECONDS = 0.02
+SAMPLING_SECONDS = 0.05
 
 
 class Stopwatch:
