@@ -94,7 +94,7 @@ class SftTrainer:
         self._parameters = trainable_parameters(model)
         broadcast_parameters(self._parameters, world)
         autocast = torch.bfloat16 if self._training.bf16 else None
-        self._objective, why = engine.choose(
+        self.objective, why = engine.choose(
             model,
             train_rows,
             config.opensloth,
@@ -102,7 +102,7 @@ class SftTrainer:
             autocast=autocast,
             beat=place.pulse.beat,
         )
-        self.engine, self.engine_reason = self._objective.engine, why
+        self.engine, self.engine_reason = self.objective.engine, why
         arguments = transformers_arguments(self._training, place.final, config.name)
         self._optimizer = make_optimizer(self._parameters, arguments)
         self._scheduler = make_scheduler(self._optimizer, self._training, self.plan)
@@ -179,7 +179,7 @@ class SftTrainer:
         for begin in range(0, len(mine), size):
             batch = self._eval_rows.batch(mine[begin : begin + size])
             if len(batch.targets):
-                loss_sum += self._objective.loss_sum(batch.to(self._world.device)).item()
+                loss_sum += self.objective.loss_sum(batch.to(self._world.device)).item()
                 targets += len(batch.targets)
         self.model.train()
         loss_sum, all_targets = sum_over_ranks([loss_sum, float(targets)], self._world)
@@ -230,8 +230,8 @@ class SftTrainer:
         batches = ahead.batches(step)
         waited = time.monotonic() - started
         self._meter.add_work(sum(self._work.of(batch) for batch in batches) if self._work else 0.0, waited)
-        sums = accumulate_gradients(self._objective, batches, self._world)
-        totals = StepTotals(*sums, grad_norm=self._objective.clip(self._training.max_grad_norm))
+        sums = accumulate_gradients(self.objective, batches, self._world)
+        totals = StepTotals(*sums, grad_norm=self.objective.clip(self._training.max_grad_norm))
         if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
             checkpoint.set_random_state(random_state, self._world.device)
             self._give_up(step, totals)

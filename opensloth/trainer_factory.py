@@ -138,7 +138,7 @@ def _longest(documents: tuple[PreparedDocuments, PreparedDocuments | None], capa
 
 
 def _check_packing(trainer: SftTrainer, rows: Rows, config: RunConfig, world: World, events: Events) -> None:
-    model, trains = trainer.model, trainer._objective
+    model, trains = trainer.model, trainer.objective
     autocast = torch.bfloat16 if config.training.bf16 else None
     plain = Objective(model, autocast=autocast)
 

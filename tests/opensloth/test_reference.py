@@ -112,14 +112,14 @@ def test_every_split_of_a_step_trains_alike(tmp_path: Path, full: bool, packed: 
 
 
 def _mean_of_means(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
-    accumulate, shape = trainer._objective.accumulate, trainer.plan.shape
-    trainer._objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
+    accumulate, shape = trainer.objective.accumulate, trainer.plan.shape
+    trainer.objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
         batch, len(batch.targets) * shape.accumulation, world
     )
 
 
 def _clipped_before_the_sum(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
-    accumulate, objective = trainer._objective.accumulate, trainer._objective
+    accumulate, objective = trainer.objective.accumulate, trainer.objective
 
     def clipped(*arguments: Any) -> Tensor:
         loss = accumulate(*arguments)

@@ -89,21 +89,21 @@ ERRONEOUS = "full, one document a row"
 
 def _counts_of_one_rank(trainer: SftTrainer) -> None:
     """Each rank divides by its own targets, times the ranks."""
-    accumulate, steps = trainer._objective.accumulate, iter(_own_targets(trainer))
-    begin, counts = trainer._objective.begin_step, [0]
+    accumulate, steps = trainer.objective.accumulate, iter(_own_targets(trainer))
+    begin, counts = trainer.objective.begin_step, [0]
 
     def begin_step() -> None:
         counts.append(next(steps))
         begin()
 
-    trainer._objective.begin_step = begin_step  # type: ignore[method-assign]
-    trainer._objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
+    trainer.objective.begin_step = begin_step  # type: ignore[method-assign]
+    trainer.objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
         batch, counts[-1] * world.size, world
     )
 
 
 def _clipped_before_the_sum(trainer: SftTrainer) -> None:
-    reduce, objective = trainer._objective.reduce, trainer._objective
+    reduce, objective = trainer.objective.reduce, trainer.objective
 
     def clipped(world: World) -> None:
         objective.clip(1.0)
@@ -113,7 +113,7 @@ def _clipped_before_the_sum(trainer: SftTrainer) -> None:
 
 
 def _gradients_of_one_rank(trainer: SftTrainer) -> None:
-    trainer._objective.reduce = lambda world: None  # type: ignore[method-assign]
+    trainer.objective.reduce = lambda world: None  # type: ignore[method-assign]
 
 
 ERRORS = {
