@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from launched import Pods, Run, with_faults
+from launched import MakePods, Run, with_faults
 from measured import at_most
 from memory_limit import limited_to
 from volumes import small_volume
@@ -22,7 +20,6 @@ from opensloth.pod_log import parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(300)]
 STEPS = 16
-MakePods = Callable[..., Pods]
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +33,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str,
     whole = Run(tmp_path_factory.mktemp("whole"), model, max_steps=STEPS)
     assert whole.finish() == 0, whole.said()
     return whole.weights()
-
-
-@pytest.fixture
-def pods(tmp_path: Path, model: Path) -> Iterator[MakePods]:
-    made: list[Pods] = []
-
-    def make(**options: Any) -> Pods:
-        made.append(Pods(tmp_path, model, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop_all()
 
 
 def check_same(run: Run, expected: dict[str, torch.Tensor]) -> None:

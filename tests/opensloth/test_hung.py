@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from launched import Pods, Run, with_faults
+from launched import MakePods, Run, with_faults
 from measured import at_most
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(240)]
 HUNG_SECONDS = 10
 """Six times as much for the start, which a busy machine needs."""
 NOTICED = "seconds to notice a hung rank, above the limit"
-MakePods = Callable[..., Pods]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def pods(tmp_path: Path, model: Path) -> Iterator[MakePods]:
-    made: list[Pods] = []
-
-    def make(**options: Any) -> Pods:
-        made.append(Pods(tmp_path, model, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop_all()
 
 
 def hanging(how: str, *, rank: int = 1, step: int = 8) -> dict[str, str]:

@@ -220,3 +220,7 @@ class Pods(Run):
 def row(i: int) -> str:
     user = {"role": "user", "content": f"What is {i} plus {i + 1}?"}
     return json.dumps({"messages": [user, {"role": "assistant", "content": f"It is {2 * i + 1}."}]}) + "\n"
+
+
+MakePods = Callable[..., Pods]
+"""What the fixture `pods` gives a test: options of Pods to Pods."""

@@ -6,38 +6,22 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from launched import Pods, Run
+from launched import MakePods, Pods, Run
 
 from opensloth.checkpoint import fault_in
 from opensloth.pod_log import parse_end, parse_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(240)]
-MakePods = Callable[..., Pods]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def pods(tmp_path: Path, model: Path) -> Iterator[MakePods]:
-    made: list[Pods] = []
-
-    def make(**options: Any) -> Pods:
-        made.append(Pods(tmp_path, model, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop_all()
 
 
 def test_two_nodes_train_as_two_ranks_of_one_and_their_logs_say_all(tmp_path: Path, model: Path) -> None:
