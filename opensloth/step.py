@@ -83,6 +83,9 @@ class Objective:
         (loss / targets).backward()
         return loss.detach()
 
+    def release(self) -> None:
+        """Leave the model as others expect it; the next use takes it up again."""
+
     def reduce(self, world: World) -> None:
         """Replace each .grad by its sum over all ranks."""
         sum_gradients(self._parameters, world)

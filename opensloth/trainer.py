@@ -147,7 +147,7 @@ class SftTrainer:
         self._reporting.begin()
         self.model.train()
         if self._training.eval_on_start and first == 0:
-            self.evaluate()
+            self._evaluate()
         try:
             with self._place.orders, Ahead(self._batches, self.plan.total_steps) as ahead:
                 for step in range(first, self.plan.total_steps):
@@ -156,18 +156,25 @@ class SftTrainer:
                     self._meter.add(self._step(step, ahead))
                     self._after_step(step + 1)
         finally:
+            self.objective.release()
             self._reporting.end()
         return TrainResult(
             self.plan.total_steps, self._loss, self._eval_loss, self._targets_seen, time.monotonic() - started
         )
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss over all targets of the evaluation split: {"eval_loss": nats, "eval_targets": count}.
 
         A loss that is not finite draws a warning and stops nothing: the steps say whether training can go on.
         Raises DataError when there is no such split.
         """
+        try:
+            return self._evaluate()
+        finally:
+            self.objective.release()
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
         if self._eval_rows is None:
             raise DataError("there is no evaluation split", "set dataset.eval_fraction or dataset.eval_path")
         started = time.monotonic()
@@ -274,7 +281,7 @@ class SftTrainer:
         if done == 1 or last or done % self._training.logging_steps == 0:
             self._log(done)
         if self.plan.eval_interval and (last or done % self.plan.eval_interval == 0):
-            self.evaluate()
+            self._evaluate()
         if self.plan.checkpoint_interval and not last and done % self.plan.checkpoint_interval == 0:
             self._save(done)
 

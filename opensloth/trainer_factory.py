@@ -109,6 +109,7 @@ def assemble(
     trainer = SftTrainer(model, tokenizer, train_rows, eval_rows, config, world=world, place=place, events=events)
     if packed:
         _check_packing(trainer, train_rows, config, world, events)
+        trainer.objective.release()
     plan = trainer.plan
     events.emit(
         "plan",

@@ -26,7 +26,8 @@ MLP_BYTES = 1 << 30
 class FusedModel:
     """Takes over the weights of a transformers model, with or without a LoRA adapter; it goes on working on them.
 
-    See `opensloth.fused.support` for which models; others are not to be given.
+    See `opensloth.fused.support` for which models; others are not to be given. Until `release` the model's weights
+    lie in wider buffers, which not everything that saves or merges them can read.
     """
 
     def __init__(self, base: Any, *, keep: Keep, chunk: int | None = None) -> None:
@@ -56,6 +57,13 @@ class FusedModel:
         for layer in self._layers:
             layer.use_staging(staged)
         self._graphs = Graphs(self._run, self._device)
+
+    def release(self) -> None:
+        """Leave the transformers model as it was found, trained; this object must not be used any more."""
+        for projection in self._projections:
+            projection.release()
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def begin_step(self) -> None:
         """Take note of what the optimizer did, and start all gradients at zero."""

@@ -30,7 +30,19 @@ class FusedObjective(Objective):
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(model, autocast=autocast, beat=beat)
-        self._fused = FusedModel(base_of(model), keep=keep)
+        self._keep = keep
+        self._taken_up: FusedModel | None = None
+
+    @property
+    def _fused(self) -> FusedModel:
+        if self._taken_up is None:
+            self._taken_up = FusedModel(base_of(self._model), keep=self._keep)
+        return self._taken_up
+
+    def release(self) -> None:
+        if self._taken_up is not None:
+            self._taken_up.release()
+            self._taken_up = None
 
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()

@@ -58,6 +58,7 @@ class Projection:
         self._buffer = torch.zeros(shape, dtype=dtype, device=plain[0].weight.device)
         self._bias = self._buffer.new_zeros(self.outputs) if any(p.bias is not None for p in plain) else None
         self._adapters: list[_Adapter] = []
+        self._taken_over: list[Any] = []
         self._trained: list[tuple[nn.Parameter, slice]] = []
         self._trained_biases: list[tuple[nn.Parameter, slice]] = []
         row = at = 0
@@ -79,6 +80,7 @@ class Projection:
             self._trained.append((base.weight, rows))
         else:
             base.weight.data = place
+            self._taken_over.append(base)
         if base.bias is not None and self._bias is not None:
             self._bias[rows] = base.bias.data
             if base.bias.requires_grad:
@@ -91,6 +93,12 @@ class Projection:
         for bias, rows in self._trained_biases:
             if self._bias is not None:
                 self._bias[rows].copy_(bias.data)
+
+    def release(self) -> None:
+        """Give the layers weights of their own again: nobody else expects them in a wider buffer."""
+        for base in self._taken_over:
+            base.weight.data = base.weight.data.clone(memory_format=torch.contiguous_format)
+        self._taken_over.clear()
 
     def borders(self) -> list[tuple[Tensor, Tensor, float]]:
         """(parameter, its place in the border, scale) of every adapter's halves."""

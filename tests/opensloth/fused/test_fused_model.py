@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import torch
 from measured import at_most
+from transformers import AutoModelForCausalLM
 
 from opensloth import attention, engine
 from opensloth.arithmetic import BatchShape
@@ -141,6 +143,22 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
     FusedModel(base_of(model), keep=Keep.ALL)
     assert Objective(model, autocast=None).loss_sum(batch).item() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_path: Path) -> None:
+    model, batch = model_of("qwen2"), packed(documents())
+    objective = FusedObjective(model, autocast=None, keep=Keep.ALL)
+    first, _, _ = accumulate_gradients(objective, [batch], ALONE)
+    objective.release()
+    assert all(parameter.is_contiguous() and parameter.grad is None for parameter in model.parameters())
+    assert accumulate_gradients(objective, [batch], ALONE)[0] == first
+    objective.release()
+    base_of(model).set_attn_implementation("sdpa")
+    ids = torch.tensor([[7, 8, 9, 10]])
+    expected = model(input_ids=ids, use_cache=False).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(loaded(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUTS])
