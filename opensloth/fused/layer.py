@@ -128,7 +128,7 @@ class Layer:
             return z, Kept(x, attended, y, expanded)
         z = torch.empty_like(y)
         for rows in self._chunks(len(y)):
-            z[rows], _ = self._expand(y[rows])
+            z[rows] = self._expand(y[rows])[0]
         return z, Kept(x, attended, y) if self._keep is Keep.ATTENTION else Kept(x)
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
@@ -142,7 +142,8 @@ class Layer:
         for rows in self._chunks(len(dz)):
             expanded = kept.expanded if kept.expanded is not None else self._expand_again(y[rows])
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
-        kept.expanded = None
+            kept.expanded = None
+            del expanded  # before the next part's are made
         self._attend_backward(dy, attended, documents, dx)
 
     # --- attention ----------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ class FusedModel:
                 torch.mm(logits, self._head, out=dnormed[part])
                 if self._head_weight.requires_grad:
                     operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), keep=True)
+            del logits  # before the next part's are made
         if dx is not None:
             dchosen = torch.empty_like(chosen)
             self._norm.backward(dnormed, chosen, rms, None, dchosen)
