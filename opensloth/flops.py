@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from opensloth.data.batch import Batch
+from opensloth.isolation import ATTENDING_LAYERS
 from opensloth.model import base_of
 
 _FORWARD, _INPUTS, _WEIGHTS = 2, 2, 2
@@ -37,19 +38,22 @@ class Work:
 
 
 def work_of(model: nn.Module) -> Work | None:
-    """None for a mixture of experts, of which each token sees a part."""
+    """None where a token does not meet every weight, or does not attend in every layer: that is not counted."""
     config: Any = base_of(model).config.get_text_config()
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
+    kinds = set(getattr(config, "layer_types", None) or ())
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    head: Any = base_of(model).get_output_embeddings()
+    if experts or head is None or not isinstance(heads, int) or not layers or kinds - ATTENDING_LAYERS:
         return None
-    embeddings, head = base_of(model).get_input_embeddings().weight, base_of(model).get_output_embeddings().weight
+    embeddings: Any = base_of(model).get_input_embeddings()
     token = sum(
         _operations(weight)
         for weight in model.parameters()
-        if weight.ndim == 2 and weight is not embeddings and weight is not head
+        if weight.ndim == 2 and weight is not embeddings.weight and weight is not head.weight
     )
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 3 * _FORWARD * config.num_hidden_layers * config.num_attention_heads * size
-    return Work(token, _operations(head), attention)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Work(token, _operations(head.weight), 3 * _FORWARD * layers * heads * size)
 
 
 def _operations(weight: torch.Tensor) -> int:

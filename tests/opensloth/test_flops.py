@@ -57,6 +57,10 @@ def test_padding_and_prompts_are_no_work() -> None:
     assert less == work.target * len(flat.targets) > 0
 
 
-def test_of_a_mixture_of_experts_and_of_a_cpu_nothing_is_said() -> None:
-    assert work_of(tiny.make_model("mixtral")) is None
+@pytest.mark.parametrize("kind", ["mixtral", "mamba2"])
+def test_of_experts_and_of_running_states_nothing_is_said(kind: str) -> None:
+    assert work_of(tiny.make_model(kind)) is None
+
+
+def test_of_a_cpu_no_speed_is_said() -> None:
     assert measured_peak(torch.device("cpu"), torch.float32) is None
