@@ -44,7 +44,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         cases = [line for line in lines if line["claim"] == claim]
         worst = (max if cases[0]["relation"] == "<=" else min)(cases, key=lambda case: case["measured"])
         tests = ", ".join(dict.fromkeys(f"`{case['test']}`" for case in cases))
-        bound = f"{worst['relation']} {worst['bound']:.3g}"
+        bound = f"{worst['relation']} {worst['bound']:.4g}"
         rows.append(f"| {claim} | {bound} | {worst['measured']:.2g} | {len(cases)} | {tests} |")
     return "\n".join(rows)
 
