@@ -38,15 +38,25 @@ def _record(claim: str, measured: float, bound: float, relation: str) -> None:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: one row a claim, with its worst figure and the number of cases."""
-    rows = ["| claim | bound | worst measured | cases | test |", "|---|---|---|---|---|"]
+    """Markdown: one row a claim, with its worst figure and the number of cases, by the file of its test."""
+    rows = []
     for claim in dict.fromkeys(line["claim"] for line in lines):
         cases = [line for line in lines if line["claim"] == claim]
         worst = (max if cases[0]["relation"] == "<=" else min)(cases, key=lambda case: case["measured"])
-        tests = ", ".join(dict.fromkeys(f"`{case['test']}`" for case in cases))
+        tests = sorted({case["test"] for case in cases})
         bound = f"{worst['relation']} {worst['bound']:.4g}"
-        rows.append(f"| {claim} | {bound} | {worst['measured']:.2g} | {len(cases)} | {tests} |")
-    return "\n".join(rows)
+        rows.append((tests[0], f"| {claim} | {bound} | {worst['measured']:.3g} | {len(cases)} | {_named(tests)} |"))
+    head = ["| claim | bound | worst measured | cases | test |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(row for _, row in sorted(rows))])
+
+
+def _named(tests: list[str]) -> str:
+    """The file is said once for several tests of it."""
+    said, last = [], ""
+    for file, _, name in (test.partition("::") for test in tests):
+        said.append(f"`::{name}`" if file == last else f"`{file}::{name}`")
+        last = file
+    return ", ".join(said)
 
 
 if __name__ == "__main__":
