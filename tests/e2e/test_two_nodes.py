@@ -96,12 +96,12 @@ def test_a_pod_deleted_midway_costs_time_but_no_bit(
     assert submitted.code == 0, submitted.err
     run = submitted.handle.rpartition("/")[2]
     cluster.until(run, lambda status: (status["step"] or 0) >= 0.3 * steps)
-    before = cluster.pods(run)
-    cluster.kubectl("delete", "pod", f"{run}-{victim}", "--wait=false")
-    assert cluster.oslo("wait", run).code == 0, cluster.status(run)
-    after = cluster.pods(run)
     name = f"{run}-{victim}"
-    assert after[name]["metadata"]["uid"] != before[name]["metadata"]["uid"]
+    before = cluster.pods(run)[name]["metadata"]["uid"]
+    cluster.kubectl("delete", "pod", name, "--wait=false")
+    # Looked for while the run goes on: a pod that still leaves when the job has succeeded is taken away.
+    _until(lambda: cluster.pods(run).get(name, {"metadata": {"uid": before}})["metadata"]["uid"] != before)
+    assert cluster.oslo("wait", run).code == 0, cluster.status(run)
     resumed = [event["step"] for event in cluster.events(run) if event["event"] == "resumed"]
     assert resumed, "it began anew"
     assert 0.3 * steps <= resumed[-1] <= 0.7 * steps
