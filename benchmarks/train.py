@@ -96,8 +96,9 @@ def gated(legs: dict[str, Any], assets: Any, asked: argparse.Namespace) -> dict[
     """The legs whose gradient is right; what the others' was is said."""
     import torch
     from training import gradient
+    from training.assets import read
 
-    expected = gradient.reference(assets.model, assets.adapter, json_documents(assets.gate))
+    expected = gradient.reference(assets.model, assets.adapter, read(assets.gate))
     torch.cuda.empty_cache()
     kept = {}
     for name, leg in legs.items():
@@ -118,16 +119,11 @@ def gated(legs: dict[str, Any], assets: Any, asked: argparse.Namespace) -> dict[
     return kept
 
 
-def json_documents(path: Path) -> list[list[int]]:
-    from training.assets import read
-
-    return read(path)
-
-
 def own_gradient(assets: Any, leg: dict[str, Any], *, leak: bool = False) -> dict[str, Any]:
     """By the engine that would train."""
     import numpy as np
     import torch
+    from training.assets import read
     from training.gradient import gradients
     from training.oslo import config_of
 
@@ -144,7 +140,7 @@ def own_gradient(assets: Any, leg: dict[str, Any], *, leak: bool = False) -> dic
     config, _ = hardware.bring_in_line(config, hardware.detect(config.training))
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = load_model(config.opensloth, device, bf16=bool(config.training.bf16))
-    ids = json_documents(assets.gate)
+    ids = read(assets.gate)
     rows = [{"input_ids": i, "labels": i} for i in ids]
     documents = InMemoryDocuments(rows, name="gate", vocabulary=vocabulary_of(model), max_length=leg["row"])
     isolate_documents(model, max(map(len, ids)))

@@ -53,10 +53,11 @@ class Objective:
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' negative log-likelihoods: float32 scalar, nats.
 
-        Only the positions that predict a target go through the model's head.
+        Only the positions that predict a target go through the model's head. batch: on the CPU.
         """
         self._beat()
-        device = batch.targets.device
+        device = base_of(self._model).device
+        batch = batch.to(device)
         computing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._autocast is not None:
             computing = torch.autocast(device.type, dtype=self._autocast)
@@ -79,7 +80,7 @@ class Objective:
 
         batch: on the CPU.
         """
-        loss = self.loss_sum(batch.to(world.device))
+        loss = self.loss_sum(batch)
         (loss / targets).backward()
         return loss.detach()
 

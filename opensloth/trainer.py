@@ -186,7 +186,7 @@ class SftTrainer:
         for begin in range(0, len(mine), size):
             batch = self._eval_rows.batch(mine[begin : begin + size])
             if len(batch.targets):
-                loss_sum += self.objective.loss_sum(batch.to(self._world.device)).item()
+                loss_sum += self.objective.loss_sum(batch).item()
                 targets += len(batch.targets)
         self.model.train()
         loss_sum, all_targets = sum_over_ranks([loss_sum, float(targets)], self._world)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROW = 4096
+WARM = 24
+"""Steps of every leg before those that are timed."""
 MEDIAN, SPREAD = 350, 0.8
 """Of the documents' lengths in tokens, which are log-normal."""
 FIRST_ID, LAST_ID = 300, 150_000

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opensloth import run_config
-from training.assets import Assets
-
-WARM = 24
-"""Steps before those that are timed."""
+from training.assets import WARM, Assets
 
 
 def run(assets: Assets, folder: Path, leg: dict[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.assets import Assets, read
-
-WARM = 24
+from training.assets import WARM, Assets, read
 
 
 def main() -> None:

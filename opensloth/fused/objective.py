@@ -46,7 +46,7 @@ class FusedObjective(Objective):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()
-        return self._fused.loss_sum(batch.to(torch.device("cpu")))
+        return self._fused.loss_sum(batch)
 
     def begin_step(self) -> None:
         self._fused.begin_step()
