@@ -75,7 +75,7 @@ class Objective:
     def begin_step(self) -> None:
         """Called before the batches of a step; gradients are zero or None."""
 
-    def accumulate(self, batch: Batch, targets: float, world: World) -> Tensor:
+    def accumulate(self, batch: Batch, targets: float) -> Tensor:
         """Add the gradient of (sum of losses) / `targets` to .grad; returns the sum, float32 scalar, nats.
 
         batch: on the CPU.
@@ -109,7 +109,7 @@ def accumulate_gradients(objective: Objective, batches: Sequence[Batch], world: 
     ]
     targets, tokens = sum_over_ranks(mine, world)
     objective.begin_step()
-    losses = [objective.accumulate(batch, targets, world) for batch in batches if len(batch.targets)]
+    losses = [objective.accumulate(batch, targets) for batch in batches if len(batch.targets)]
     objective.reduce(world)
     loss_sum = sum((loss.item() for loss in losses), 0.0)
     return sum_over_ranks([loss_sum], world)[0], int(targets), int(tokens)

@@ -145,12 +145,12 @@ def _check_packing(trainer: SftTrainer, rows: Rows, config: RunConfig, world: Wo
 
     def packed(batch: Batch, targets: float) -> None:
         trains.begin_step()
-        trains.accumulate(batch, targets, world)
+        trains.accumulate(batch, targets)
 
     require_same_gradient(
         model,
         packed,
-        lambda batch, targets: plain.accumulate(batch, targets, world),
+        plain.accumulate,
         rows,
         CheckMemory("packing", model, engine=trains.engine, autocast=autocast),
         bounds=bounds_of(model, autocast),

@@ -51,7 +51,7 @@ class FusedObjective(Objective):
     def begin_step(self) -> None:
         self._fused.begin_step()
 
-    def accumulate(self, batch: Batch, targets: float, world: World) -> Tensor:
+    def accumulate(self, batch: Batch, targets: float) -> Tensor:
         self._beat()
         return self._fused.accumulate(batch, 1 / targets)
 

@@ -49,9 +49,9 @@ def agreement(
     objective = Objective(model, autocast=autocast)
 
     def packed(batch: Batch, targets: float) -> None:
-        objective.accumulate(mutation(batch), targets, packing.ALONE)
+        objective.accumulate(mutation(batch), targets)
 
-    return compare(model, packed, lambda *given: objective.accumulate(*given, packing.ALONE), rows)
+    return compare(model, packed, objective.accumulate, rows)
 
 
 def isolated(kind: str, trained: str, scale: float = 0.02) -> Any:
@@ -379,7 +379,7 @@ def test_it_takes_at_most_five_seconds_on_a_real_model(full: bool, bf16: bool, t
     objective = Objective(model, autocast=autocast)
 
     def accumulate(batch: Batch, targets: float) -> None:
-        objective.accumulate(batch, targets, packing.ALONE)
+        objective.accumulate(batch, targets)
 
     def look() -> float:
         started = time.process_time()  # others use this machine too

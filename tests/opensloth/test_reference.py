@@ -113,8 +113,8 @@ def test_every_split_of_a_step_trains_alike(tmp_path: Path, full: bool, packed: 
 
 def _mean_of_means(trainer: SftTrainer, _: pytest.MonkeyPatch) -> None:
     accumulate, shape = trainer.objective.accumulate, trainer.plan.shape
-    trainer.objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
-        batch, len(batch.targets) * shape.accumulation, world
+    trainer.objective.accumulate = lambda batch, _: accumulate(  # type: ignore[method-assign]
+        batch, len(batch.targets) * shape.accumulation
     )
 
 

@@ -97,8 +97,8 @@ def _counts_of_one_rank(trainer: SftTrainer) -> None:
         begin()
 
     trainer.objective.begin_step = begin_step  # type: ignore[method-assign]
-    trainer.objective.accumulate = lambda batch, _, world: accumulate(  # type: ignore[method-assign]
-        batch, counts[-1] * world.size, world
+    trainer.objective.accumulate = lambda batch, _: accumulate(  # type: ignore[method-assign]
+        batch, counts[-1] * trainer.plan.shape.world
     )
 
 
