@@ -57,7 +57,8 @@ def work_of(model: nn.Module) -> Work | None:
 
 
 def _operations(weight: torch.Tensor) -> int:
-    return weight.numel() * (_FORWARD + _INPUTS + (_WEIGHTS if weight.requires_grad else 0))
+    values = weight.numel() * (2 if weight.dtype is torch.uint8 else 1)  # two of 4 bits lie in a byte
+    return values * (_FORWARD + _INPUTS + (_WEIGHTS if weight.requires_grad else 0))
 
 
 def _squares(batch: Batch) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from opensloth.fused import operations
 from opensloth.fused.keeping import Keep
 from opensloth.fused.operations import Documents, Heads
-from opensloth.fused.projection import Projection, Staged, gradient_of
+from opensloth.fused.projection import Projection, Shared, Staged, gradient_of
 
 
 class Norm:
@@ -81,13 +81,21 @@ class Kept:
 class Layer:
     """A decoder layer whose weights have been taken over into `Projection`s."""
 
-    def __init__(self, module: Any, dtype: torch.dtype, *, keep: Keep, chunk: int) -> None:
-        """module: transformers' layer. dtype: to compute in. chunk: tokens of an MLP that is computed again."""
+    def __init__(self, module: Any, dtype: torch.dtype, shared: Sequence[Shared], *, keep: Keep, chunk: int) -> None:
+        """module: transformers' layer. dtype: to compute in. shared: with all other layers, one for each projection.
+
+        chunk: tokens of an MLP that is computed again.
+        """
         attention, mlp = module.self_attn, module.mlp
-        self._qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self._out = Projection([attention.o_proj], dtype)
-        self._gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype)
-        self._down = Projection([mlp.down_proj], dtype)
+        groups = (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        )
+        self._qkv, self._out, self._gate_up, self._down = (
+            Projection(group, dtype, place) for group, place in zip(groups, shared, strict=True)
+        )
         self._norms = (Norm(module.input_layernorm), Norm(module.post_attention_layernorm))
         self._heads = Heads(
             query=self._out.inputs // attention.head_dim,
@@ -122,6 +130,7 @@ class Layer:
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Kept]:
         """x: [T, D]. Returns the output and what `backward` needs."""
+        self._load()
         attended, y = self._attend(x, documents)
         if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
@@ -133,6 +142,7 @@ class Layer:
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
+        self._load()
         attended, y = kept.attended, kept.y
         if attended is None or y is None:
             if kept.x is None:
@@ -145,6 +155,10 @@ class Layer:
             kept.expanded = None
             del expanded  # before the next part's are made
         self._attend_backward(dy, attended, documents, dx)
+
+    def _load(self) -> None:
+        for projection in self.projections:
+            projection.load()
 
     # --- attention ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from opensloth.fused.keeping import Keep
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
-from opensloth.fused.projection import gradient_of
+from opensloth.fused.projection import Shared, gradient_of
 
 LOGITS_BYTES = 1 << 30
 """Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
@@ -43,7 +43,8 @@ class FusedModel:
         scarcity = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}[keep]
         self._logits_bytes = LOGITS_BYTES // scarcity
         chunk = chunk or max(1024, MLP_BYTES // scarcity // (12 * base.config.intermediate_size) // 1024 * 1024)
-        self._layers = [Layer(m, dtype, keep=keep, chunk=chunk) for m in decoder.layers]
+        shared: list[Shared] = [{}, {}, {}, {}]
+        self._layers = [Layer(m, dtype, shared, keep=keep, chunk=chunk) for m in decoder.layers]
         self._parking = Parking(self._device) if keep is Keep.HOST else None
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
@@ -53,9 +54,10 @@ class FusedModel:
         """All gradients end to end."""
         self._views = [v.view_as(p) for v, p in zip(self.gradient.split(sizes), self._parameters, strict=True)]
         self.begin_step()
-        staged = [projection.room_to_stage() for projection in self._layers[0].projections]
+        of_shape = {projection.shape: projection for projection in self._projections}
+        rooms = {shape: projection.room_to_stage() for shape, projection in of_shape.items()}
         for layer in self._layers:
-            layer.use_staging(staged)
+            layer.use_staging([rooms[projection.shape] for projection in layer.projections])
         self._graphs = Graphs(self._run, self._device)
 
     def release(self) -> None:

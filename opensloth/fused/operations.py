@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -258,6 +259,35 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     gradient[torch.arange(len(targets)), targets.clamp(min=0)] -= 1
     logits.copy_(gradient * (scale * counts)[:, None])
     return losses
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A weight [N, K] of bitsandbytes in 4 bits: its bytes, and what it keeps of how they are to be read."""
+
+    packed: Tensor
+    state: Any
+
+    @staticmethod
+    def holds(linear: Any) -> bool:
+        """Whether the layer's weight is one."""
+        return getattr(linear.weight, "quant_state", None) is not None
+
+    @classmethod
+    def of(cls, linear: Any) -> FourBit:
+        return cls(linear.weight.data, linear.weight.quant_state)
+
+
+def dequantise(weight: FourBit, out: Tensor) -> None:
+    """out: [N, K], is written: each value's place in a table of 16, times the largest of its block."""
+    if out.is_cuda:
+        from opensloth.fused.kernels import dequantise as kernels
+
+        kernels.dequantise(weight, out)
+        return
+    import bitsandbytes.functional
+
+    out.copy_(bitsandbytes.functional.dequantize_4bit(weight.packed, weight.state))
 
 
 class Copies:

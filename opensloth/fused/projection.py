@@ -6,7 +6,8 @@
 
 So an adapter costs thin products only, never another pass over a large output. W holds several layers' weights one
 above the other (q, k and v; gate and up). Frozen ones are taken over: the layers keep working on their part of W.
-Trained ones are copied into it after every step. B is block-diagonal.
+Trained ones are copied into it after every step. Those in 4 bits stay where they are: W is made anew of them for every
+use, in a buffer that projections of one shape share. B is block-diagonal.
 
 T tokens, K input width, N output width, R rank of all adapters together, rounded up to a multiple of 8.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensloth.fused.operations import add_product
+from opensloth.fused.operations import FourBit, add_product, dequantise
 
 _ALIGNMENT = 8  # elements: what fast matrix products ask of a row's stride
 
@@ -44,26 +45,31 @@ class Staged:
     b: Tensor
 
 
-class Projection:
-    """One product for all `linears`, which are plain ones or peft's with one LoRA adapter."""
+Shared = dict[tuple[int, int, int], Tensor]
+"""The buffer of all projections of one shape whose weights are in 4 bits: one of them is at work at a time."""
 
-    def __init__(self, linears: Sequence[Any], dtype: torch.dtype) -> None:
-        """dtype: of inputs, products and W."""
+
+class Projection:
+    """One product for all `linears`, which are plain ones or peft's with one LoRA adapter, all of one precision."""
+
+    def __init__(self, linears: Sequence[Any], dtype: torch.dtype, shared: Shared) -> None:
+        """dtype: of inputs, products and W. shared: where weights in 4 bits are made whole."""
         plain = [linear.base_layer if hasattr(linear, "base_layer") else linear for linear in linears]
         ranks = [_rank(linear) for linear in linears]
-        self.inputs = int(plain[0].weight.shape[1])
-        self.outputs = sum(int(linear.weight.shape[0]) for linear in plain)
+        self.inputs = int(plain[0].in_features)
+        self.outputs = sum(int(linear.out_features) for linear in plain)
         self.rank = -(-sum(ranks) // _ALIGNMENT) * _ALIGNMENT
-        shape = (self.outputs + self.rank, self.inputs + self.rank)
-        self._buffer = torch.zeros(shape, dtype=dtype, device=plain[0].weight.device)
+        self._in_four_bits = FourBit.holds(plain[0])
+        self._buffer = self._new_buffer(plain[0].weight.device, dtype, shared)
         self._bias = self._buffer.new_zeros(self.outputs) if any(p.bias is not None for p in plain) else None
         self._adapters: list[_Adapter] = []
         self._taken_over: list[Any] = []
         self._trained: list[tuple[nn.Parameter, slice]] = []
         self._trained_biases: list[tuple[nn.Parameter, slice]] = []
+        self._packed: list[tuple[FourBit, Tensor]] = []
         row = at = 0
         for linear, base, rank in zip(linears, plain, ranks, strict=True):
-            rows = slice(row, row + base.weight.shape[0])
+            rows = slice(row, row + base.out_features)
             self._take_over(base, rows)
             if rank:
                 self._adapters.append(_adapter(linear, rows, slice(at, at + rank)))
@@ -72,19 +78,36 @@ class Projection:
         self._with_a = self._buffer[:, : self.inputs]
         self._a = self._buffer[self.outputs :, : self.inputs]
         self._b = self._buffer[: self.outputs, self.inputs :]
+        # Where the borders stay: in the buffer, unless it is shared.
+        self._own_a = torch.zeros_like(self._a) if self._in_four_bits else self._a
+        self._own_b = torch.zeros_like(self._b) if self._in_four_bits else self._b
+
+    def _new_buffer(self, device: torch.device, dtype: torch.dtype, shared: Shared) -> Tensor:
+        if self._in_four_bits and self.shape in shared:
+            return shared[self.shape]
+        buffer = torch.zeros(self.outputs + self.rank, self.inputs + self.rank, dtype=dtype, device=device)
+        if self._in_four_bits:
+            shared[self.shape] = buffer
+        return buffer
 
     def _take_over(self, base: Any, rows: slice) -> None:
         place = self._buffer[rows, : self.inputs]
+        if self._in_four_bits:
+            self._packed.append((FourBit.of(base), place))
+        else:
+            self._take_over_weight(base, place, rows)
+        if base.bias is not None and self._bias is not None:
+            self._bias[rows] = base.bias.data
+            if base.bias.requires_grad:
+                self._trained_biases.append((base.bias, rows))
+
+    def _take_over_weight(self, base: Any, place: Tensor, rows: slice) -> None:
         place.copy_(base.weight.data)
         if base.weight.requires_grad:
             self._trained.append((base.weight, rows))
         else:
             base.weight.data = place
             self._taken_over.append(base)
-        if base.bias is not None and self._bias is not None:
-            self._bias[rows] = base.bias.data
-            if base.bias.requires_grad:
-                self._trained_biases.append((base.bias, rows))
 
     def refresh(self) -> None:
         """Take note of trained weights as they are now; for adapters that is `borders`."""
@@ -93,6 +116,15 @@ class Projection:
         for bias, rows in self._trained_biases:
             if self._bias is not None:
                 self._bias[rows].copy_(bias.data)
+
+    def load(self) -> None:
+        """Make the buffer hold this projection: to be called before it is used after another of its shape."""
+        if not self._in_four_bits:
+            return
+        for weight, place in self._packed:
+            dequantise(weight, place)
+        self._a.copy_(self._own_a)
+        self._b.copy_(self._own_b)
 
     def release(self) -> None:
         """Give the layers weights of their own again: nobody else expects them in a wider buffer."""
@@ -106,8 +138,8 @@ class Projection:
             entry
             for adapter in self._adapters
             for entry in (
-                (adapter.a.data, self._a[adapter.ranks], 1.0),
-                (adapter.b.data, self._b[adapter.rows, adapter.ranks], adapter.scaling),
+                (adapter.a.data, self._own_a[adapter.ranks], 1.0),
+                (adapter.b.data, self._own_b[adapter.rows, adapter.ranks], adapter.scaling),
             )
         ]
 
@@ -122,8 +154,13 @@ class Projection:
             )
         ]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """N, K, R."""
+        return self.outputs, self.inputs, self.rank
+
     def room_to_stage(self) -> Staged:
-        """Room for the gradients of both borders; projections of equal shape may share it."""
+        """Room for the gradients of both borders; projections of equal `shape` may share it."""
         a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=self._buffer.device)
         return Staged(a, torch.empty(self.outputs, self.rank, dtype=torch.float32, device=self._buffer.device))
 

@@ -14,6 +14,8 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 STEADY_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose turns depend on a token's position alone."""
 HEAD_SIZES = frozenset({32, 64, 128})
+FOUR_BITS = "Linear4bit"
+"""bitsandbytes' layer, by name: the package may be missing."""
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -86,5 +88,15 @@ def _adapters(model: nn.Module) -> str | None:
                 return f"the adapter trains {name}"
             if parameter.dtype is not torch.float32:
                 return "the adapter is not float32"
-    quantised = [type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
-    return f"its linear layers are {quantised[0]}" if quantised else None
+    return _precision(model)
+
+
+def _precision(model: nn.Module) -> str | None:
+    kinds = {
+        type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and ".lora_" not in name
+    }
+    if kinds - {"Linear", FOUR_BITS}:
+        return f"its linear layers are {', '.join(sorted(kinds))}"
+    return "only some of its linear layers are in 4 bits" if len(kinds) > 1 else None

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from measured import at_most
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from opensloth import attention, engine
 from opensloth.arithmetic import BatchShape
@@ -19,6 +19,7 @@ from opensloth.data.order import RowOrder
 from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
+from opensloth.flops import work_of
 from opensloth.fused.keeping import Keep, roomiest
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
@@ -43,7 +44,10 @@ def config(**settings: Any) -> OpenSlothConfig:
 
 def model_of(kind: str, **settings: Any) -> Any:
     """Norms, biases and both halves of the adapters hold random numbers: none can be left out unseen."""
-    model = attach_adapter(tiny.make_model(kind), config(**settings))
+    return _filled(attach_adapter(tiny.make_model(kind), config(**settings)))
+
+
+def _filled(model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -53,6 +57,14 @@ def model_of(kind: str, **settings: Any) -> Any:
     attention.register()
     base_of(model).set_attn_implementation(attention.NAME)
     return model
+
+
+def four_bit_model(kind: str, folder: Path, **settings: Any) -> Any:
+    """Its layers quantised twice over, as the product loads them, but computing in float32."""
+    tiny.make_model(kind).save_pretrained(folder)
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map={"": "cpu"})
+    return _filled(attach_adapter(base, config(**settings)).train())  # evaluating on a CPU, the package repacks
 
 
 def whole_model(kind: str) -> Any:
@@ -103,6 +115,22 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], 
     at_most("the fast path's loss is autograd's", abs(found / loss - 1), 1e-6)
     at_most("the fast path's gradient is autograd's", distance(gradients(model), expected), BOUND)
     assert fused.loss_sum(batch).item() == found
+
+
+@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2", ALL), ("qwen3", ALL)])
+def test_weights_in_four_bits(kind: str, targets: list[str], keep: Keep, tmp_path: Path) -> None:
+    """All layers' weights are made whole in the same buffers, one layer after the other."""
+    model, batch = four_bit_model(kind, tmp_path, targets=targets), packed(documents())
+    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    expected = gradients(model)
+    fused = FusedModel(base_of(model), keep=keep, chunk=37)
+    fused.begin_step()
+    found = fused.accumulate(batch, 1 / count).item()
+    at_most("the fast path's loss is autograd's, weights in 4 bits", abs(found / loss - 1), 1e-6)
+    at_most("the fast path's gradient is autograd's, weights in 4 bits", distance(gradients(model), expected), BOUND)
+    fused.release()
+    assert Objective(model, autocast=None).loss_sum(batch).item() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("keep", Keep)
@@ -258,6 +286,18 @@ def test_adapters_that_it_does_not_know(
         model.to(torch.bfloat16)
     found = reason_against(model, packed=True, longest_document=64, autocast=None)
     assert (reason in (found or "")) if reason else found is None
+
+
+def test_models_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
+    monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
+    model = four_bit_model("llama", tmp_path)
+    assert reason_against(model, packed=True, longest_document=64, autocast=None) is None
+    assert work_of(model) == work_of(model_of("llama")), "a weight in 4 bits multiplies as any other"
+    mlp = base_of(model).model.layers[1].mlp
+    mlp.down_proj.base_layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    found = reason_against(model, packed=True, longest_document=64, autocast=None)
+    assert found == "only some of its linear layers are in 4 bits"
 
 
 def test_what_is_kept_is_as_much_as_fits() -> None:
