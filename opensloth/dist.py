@@ -51,7 +51,7 @@ def join_world(*, cuda: bool, timeout_seconds: int, devices: Sequence[int] = (0,
         torch.cuda.set_device(device)
     if size > 1 and not torch_dist.is_initialized():
         torch_dist.init_process_group(
-            backend="nccl" if cuda else "gloo",
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=dt.timedelta(seconds=timeout_seconds),
             device_id=device if cuda else None,
         )
@@ -64,10 +64,10 @@ def leave_world() -> None:
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
-    """Element-wise sums over all ranks, in float64."""
+    """Element-wise sums over all ranks, in float64; over the hosts' network, so that no device is waited for."""
     if world.size == 1:
         return list(values)
-    buffer = torch.tensor(values, dtype=torch.float64, device=world.device)
+    buffer = torch.tensor(values, dtype=torch.float64)
     torch_dist.all_reduce(buffer)
     return list(buffer.tolist())
 

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -58,7 +58,7 @@ class Meter:
     @property
     def pending(self) -> list[tuple[float, int, int, float]]:
         """What the next reading will be of, for a checkpoint: fields of StepTotals."""
-        return [astuple(totals) for totals in (*self._earlier, *self._steps)]
+        return [(t.loss_sum, t.targets, t.tokens, t.grad_norm) for t in (*self._earlier, *self._steps)]
 
     def take_up(self, pending: Sequence[tuple[float, int, int, float]]) -> None:
         """Steps that another process has made since its last reading: they count for the loss, not for the speed."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ from opensloth.dist import World, sum_gradients, sum_over_ranks
 from opensloth.model import base_of, trainable_parameters
 
 
-@dataclass(frozen=True)
-class StepTotals:
+class StepTotals(NamedTuple):
     """Sums over all ranks of one step.
 
     loss_sum: negative log-likelihood of all targets, nats. targets, tokens: counts. grad_norm: L2 norm of
@@ -91,17 +89,19 @@ class Objective:
         """Replace each .grad by its sum over all ranks."""
         sum_gradients(self._parameters, world)
 
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` (0: leave it) and return its L2 norm before that."""
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` (0: leave it); returns its L2 norm before that, float32 scalar."""
         bound = max_norm if max_norm > 0 else float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(self._parameters, bound))
+        return torch.nn.utils.clip_grad_norm_(self._parameters, bound)
 
 
-def accumulate_gradients(objective: Objective, batches: Sequence[Batch], world: World) -> tuple[float, int, int]:
-    """Leave in .grad the gradient of (sum of losses) / (number of targets), both over the whole step.
+def accumulate_gradients(
+    objective: Objective, batches: Sequence[Batch], world: World, max_norm: float = 0.0
+) -> StepTotals:
+    """Leave in .grad the gradient of (sum of losses) / (number of targets), both over the whole step, clipped.
 
-    batches: this rank's micro-batches; none is fine, and so is one without targets.
-    Returns loss sum, targets and tokens of the whole step.
+    batches: this rank's micro-batches; none is fine, and so is one without targets. max_norm: 0: not clipped.
+    The device is waited for once, when all of this has been launched.
     """
     mine = [
         float(sum(len(batch.targets) for batch in batches)),
@@ -111,5 +111,7 @@ def accumulate_gradients(objective: Objective, batches: Sequence[Batch], world: 
     objective.begin_step()
     losses = [objective.accumulate(batch, targets) for batch in batches if len(batch.targets)]
     objective.reduce(world)
-    loss_sum = sum((loss.item() for loss in losses), 0.0)
-    return sum_over_ranks([loss_sum], world)[0], int(targets), int(tokens)
+    norm = objective.clip(max_norm)
+    *of_batches, grad_norm = torch.stack([*losses, norm]).tolist()
+    (loss_sum,) = sum_over_ranks([sum(of_batches, 0.0)], world)
+    return StepTotals(loss_sum, int(targets), int(tokens), grad_norm)

@@ -237,8 +237,7 @@ class SftTrainer:
         batches = ahead.batches(step)
         waited = time.monotonic() - started
         self._meter.add_work(sum(self._work.of(batch) for batch in batches) if self._work else 0.0, waited)
-        sums = accumulate_gradients(self.objective, batches, self._world)
-        totals = StepTotals(*sums, grad_norm=self.objective.clip(self._training.max_grad_norm))
+        totals = accumulate_gradients(self.objective, batches, self._world, self._training.max_grad_norm)
         if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
             checkpoint.set_random_state(random_state, self._world.device)
             self._give_up(step, totals)

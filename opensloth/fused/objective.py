@@ -59,5 +59,5 @@ class FusedObjective(Objective):
         if world.size > 1:
             torch_dist.all_reduce(self._fused.gradient)
 
-    def clip(self, max_norm: float) -> float:
-        return float(self._fused.clip(max_norm))
+    def clip(self, max_norm: float) -> Tensor:
+        return self._fused.clip(max_norm)

@@ -60,7 +60,7 @@ def gradients(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[s
     """(mean loss, gradient of each tensor) of one step on all of the batches."""
     model.zero_grad()
     objective = Objective(model, autocast=None)
-    loss_sum, targets, _ = accumulate_gradients(objective, batches, ALONE)
+    loss_sum, targets, *_ = accumulate_gradients(objective, batches, ALONE)
     return loss_sum / targets, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -107,7 +107,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keep: Keep) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     model, batch = model_of(kind, targets=targets), packed(documents())
-    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
     fused = FusedModel(base_of(model), keep=keep, chunk=37)
     fused.begin_step()
@@ -122,7 +122,7 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], 
 def test_weights_in_four_bits(kind: str, targets: list[str], keep: Keep, tmp_path: Path) -> None:
     """All layers' weights are made whole in the same buffers, one layer after the other."""
     model, batch = four_bit_model(kind, tmp_path, targets=targets), packed(documents())
-    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
     fused = FusedModel(base_of(model), keep=keep, chunk=37)
     fused.begin_step()
@@ -138,7 +138,7 @@ def test_weights_in_four_bits(kind: str, targets: list[str], keep: Keep, tmp_pat
 def test_every_weight_can_be_trained(kind: str, keep: Keep) -> None:
     """Norms, biases and embeddings too; tied embeddings get the head's gradient as well."""
     model, batch = whole_model(kind), packed(documents())
-    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
     fused = FusedModel(model, keep=keep, chunk=37)
     for _ in range(2):  # the second time all gradients start at zero again
@@ -151,7 +151,7 @@ def test_every_weight_can_be_trained(kind: str, keep: Keep) -> None:
 @pytest.mark.parametrize("mutation", ["boundaries merged", "positions not reset"])
 def test_a_leak_is_seen(mutation: str) -> None:
     model, batch = model_of("llama"), packed(documents())
-    _, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    _, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
     if mutation == "boundaries merged":
         batch.inputs["document_offsets"] = batch.inputs["document_offsets"][[0, -1]]
@@ -176,10 +176,10 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
 def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_path: Path) -> None:
     model, batch = model_of("qwen2"), packed(documents())
     objective = FusedObjective(model, autocast=None, keep=Keep.ALL)
-    first, _, _ = accumulate_gradients(objective, [batch], ALONE)
+    first = accumulate_gradients(objective, [batch], ALONE).loss_sum
     objective.release()
     assert all(parameter.is_contiguous() and parameter.grad is None for parameter in model.parameters())
-    assert accumulate_gradients(objective, [batch], ALONE)[0] == first
+    assert accumulate_gradients(objective, [batch], ALONE).loss_sum == first
     objective.release()
     base_of(model).set_attn_implementation("sdpa")
     ids = torch.tensor([[7, 8, 9, 10]])
@@ -204,8 +204,9 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
         losses, norms = [], []
         for step in range(order.steps_per_epoch):
             batches = [rows.batch(r) for r in order.micro_batches(step, 0) if len(r)]
-            losses.append(accumulate_gradients(objective, batches, ALONE)[0])
-            norms.append(objective.clip(0.05))
+            totals = accumulate_gradients(objective, batches, ALONE, max_norm=0.05)
+            losses.append(totals.loss_sum)
+            norms.append(totals.grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         return losses, norms, [p.detach().clone() for p in parameters]
@@ -222,7 +223,7 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
 def test_documents_of_a_few_tokens_and_of_one() -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [7], "labels": [7]}]
     model, batch = model_of("llama"), packed(tiny.Documents(rows))
-    loss, count, _ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
+    loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
     fused = FusedModel(base_of(model), keep=Keep.ALL)
     fused.begin_step()
