@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -42,9 +44,10 @@ class Place:
         return Answer(ran.returncode, ran.stdout, ran.stderr)
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """Run it beside the test."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen([str(OSLO), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=self.env)
+        """Run it beside the test. Ctrl-C reaches it even where the tests ignore it (`make e2e &`)."""
+        command, pipe = [str(OSLO), *map(str, arguments)], subprocess.PIPE
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self.env, preexec_fn=heed)
 
     def submit(self, file: Path, *arguments: object) -> Answer:
         return self.oslo("submit", file, *self.flags, "-y", *arguments)
@@ -108,9 +111,9 @@ class OnCluster(Place):
         }
         (folder / "defaults.yaml").write_text(yaml.safe_dump({"job": job}))
 
-    def kubectl(self, *arguments: str, given: object = None) -> str:
+    def kubectl(self, *arguments: str, given: object = None, check: bool = True) -> str:
         """As the admin, in the namespace."""
-        return kubectl("-n", NAMESPACE, *arguments, given=given)
+        return kubectl("-n", NAMESPACE, *arguments, given=given, check=check)
 
     def pods(self, run: str) -> dict[str, Any]:
         """The run's pods by name."""
