@@ -12,7 +12,7 @@ seconds, memory in bytes):
     engine      engine: fused | torch, reason
     resumed     step, checkpoint
     step        step, total_steps, epoch, loss, learning_rate, grad_norm, target_tokens, tokens,
-                target_tokens_per_second, tokens_per_second, memory, data_wait, mfu, eta
+                target_tokens_per_second, tokens_per_second, memory, padding, data_wait, mfu, eta
     eval        step, loss, target_tokens, seconds
     checkpoint  step, path, seconds
     result      final, steps, loss, eval_loss, target_tokens, seconds

@@ -19,8 +19,9 @@ RU_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 class Reading:
     """loss: nats a target, over the stretch. grad_norm: of its last step. eta: seconds. memory: peak bytes.
 
-    data_wait: share of the time in which batches were made. mfu: share of the device's measured speed that went
-    into the operations counted by `opensloth.flops`; None where either is unknown.
+    padding: share of the computed positions that are no tokens. data_wait: share of the time in which batches were
+    waited for. mfu: share of the device's measured speed that went into the operations counted by `opensloth.flops`;
+    None where either is unknown. All three of this rank.
     """
 
     loss: float
@@ -30,6 +31,7 @@ class Reading:
     target_tokens_per_second: float
     tokens_per_second: float
     memory: int
+    padding: float
     data_wait: float
     mfu: float | None
     eta: float
@@ -42,6 +44,7 @@ class Meter:
         """peak: operations a second of which the device is capable; None: unknown."""
         self._device, self._total_steps, self._peak = device, total_steps, peak
         self._waited = self._operations = 0.0
+        self._positions = self._tokens = 0
         self._since = time.monotonic()
         self._earlier: list[StepTotals] = []
         self._steps: list[StepTotals] = []
@@ -50,10 +53,12 @@ class Meter:
     def add(self, totals: StepTotals) -> None:
         self._steps.append(totals)
 
-    def add_work(self, operations: float, waited: float) -> None:
-        """Operations of this rank in a step, and the seconds that it waited for its batches."""
+    def add_work(self, operations: float, waited: float, positions: int, tokens: int) -> None:
+        """Of this rank in a step: operations, seconds that it waited for its batches, their positions and tokens."""
         self._operations += operations
         self._waited += waited
+        self._positions += positions
+        self._tokens += tokens
 
     @property
     def pending(self) -> list[tuple[float, int, int, float]]:
@@ -71,6 +76,8 @@ class Meter:
         own, steps = self._steps, self._earlier + self._steps
         self._earlier, self._steps = [], []
         waited, operations, self._waited, self._operations = self._waited, self._operations, 0.0, 0.0
+        padding = 1 - self._tokens / self._positions if self._positions else 0.0
+        self._positions = self._tokens = 0
         targets = sum(s.targets for s in steps)
         return Reading(
             loss=sum(s.loss_sum for s in steps) / max(1, targets),
@@ -80,6 +87,7 @@ class Meter:
             target_tokens_per_second=round(sum(s.targets for s in own) / seconds, 1),
             tokens_per_second=round(sum(s.tokens for s in own) / seconds, 1),
             memory=peak_memory_bytes(self._device),
+            padding=round(padding, 4),
             data_wait=round(waited / seconds, 4),
             mfu=round(operations / seconds / self._peak, 4) if self._peak and operations else None,
             eta=round(self._pace(seconds / len(own)) * (self._total_steps - done), 1),

@@ -70,6 +70,10 @@ class Objective:
         chosen = logits.flatten(0, 1)[columns]
         return F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
 
+    def positions(self, batch: Batch) -> int:
+        """How many are computed for the batch's tokens, padding included."""
+        return int(batch.inputs["input_ids"].numel())
+
     def begin_step(self) -> None:
         """Called before the batches of a step; gradients are zero or None."""
 

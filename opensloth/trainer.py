@@ -236,7 +236,12 @@ class SftTrainer:
         started = time.monotonic()
         batches = ahead.batches(step)
         waited = time.monotonic() - started
-        self._meter.add_work(sum(self._work.of(batch) for batch in batches) if self._work else 0.0, waited)
+        self._meter.add_work(
+            operations=sum(self._work.of(batch) for batch in batches) if self._work else 0.0,
+            waited=waited,
+            positions=sum(self.objective.positions(batch) for batch in batches),
+            tokens=sum(batch.tokens for batch in batches),
+        )
         totals = accumulate_gradients(self.objective, batches, self._world, self._training.max_grad_norm)
         if not (math.isfinite(totals.loss_sum) and math.isfinite(totals.grad_norm)):
             checkpoint.set_random_state(random_state, self._world.device)
@@ -294,6 +299,7 @@ class SftTrainer:
                 "learning_rate": self._rate,
                 "target_tokens_per_second": reading.target_tokens_per_second,
                 "tokens_per_second": reading.tokens_per_second,
+                "padding": reading.padding,
                 "data_wait": reading.data_wait,
                 **({"mfu": reading.mfu} if reading.mfu is not None else {}),
             }

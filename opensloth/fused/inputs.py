@@ -67,7 +67,7 @@ def inputs_of(batch: Batch, scale: float) -> Inputs:
     without a target may point there.
     """
     offsets = batch.inputs["document_offsets"].tolist()
-    tokens = _up(offsets[-1], TOKENS)
+    tokens = padded_tokens(offsets[-1])
     over = tokens - offsets[-1]
     if over:
         offsets = [*offsets, tokens]
@@ -82,6 +82,11 @@ def inputs_of(batch: Batch, scale: float) -> Inputs:
         scale=torch.tensor(scale, dtype=torch.float32),
         offsets=offsets,
     )
+
+
+def padded_tokens(tokens: int) -> int:
+    """How many positions are computed for so many tokens."""
+    return _up(tokens, TOKENS)
 
 
 def _up(count: int, step: int) -> int:

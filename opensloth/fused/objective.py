@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opensloth.data.batch import Batch
 from opensloth.dist import World
+from opensloth.fused.inputs import padded_tokens
 from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
 from opensloth.model import base_of
@@ -47,6 +48,9 @@ class FusedObjective(Objective):
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()
         return self._fused.loss_sum(batch)
+
+    def positions(self, batch: Batch) -> int:
+        return padded_tokens(super().positions(batch))
 
     def begin_step(self) -> None:
         self._fused.begin_step()

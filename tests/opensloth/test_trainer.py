@@ -459,6 +459,18 @@ def test_a_reporter_that_is_not_installed(tmp_path: Path) -> None:
         trainer(tmp_path, report_to="wandb")
 
 
+@pytest.mark.parametrize(("packed", "least", "most"), [(True, 0.0, 0.0), (False, 0.05, 0.9)])
+def test_padding_is_counted(tmp_path: Path, packed: bool, least: float, most: float) -> None:
+    settings = config()
+    settings.sequence_packing = packed
+    model, training = tiny.make_model("llama"), arguments(tmp_path, per_device_train_batch_size=4)
+    create_sft_trainer(model, tiny.make_tokenizer(), ROWS, settings, training).train()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    shares = [event["padding"] for event in events if event["event"] == "step"]
+    assert len(shares) == STEPS
+    assert least <= min(shares) <= max(shares) <= most
+
+
 def test_memory_and_speed_are_in_every_event(tmp_path: Path) -> None:
     started = time.time()
     trainer(tmp_path).train()

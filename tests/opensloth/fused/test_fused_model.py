@@ -20,7 +20,8 @@ from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
-from opensloth.fused.keeping import Keep, roomiest
+from opensloth.fused.inputs import TOKENS, inputs_of
+from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
 from opensloth.fused.support import reason_against, reason_against_model
@@ -220,6 +221,13 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
         at_most("weights after steps on the fast path", float((found - expected).norm() / expected.norm()), 1e-4)
 
 
+def test_padding_of_shapes_that_come_again_is_counted() -> None:
+    model, batch = model_of("llama"), packed(documents())
+    computed = FusedObjective(model, autocast=None, keep=Keep.ALL).positions(batch)
+    assert computed == len(inputs_of(batch, 1.0).ids)
+    assert batch.tokens < computed < batch.tokens + TOKENS
+
+
 def test_documents_of_a_few_tokens_and_of_one() -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [7], "labels": [7]}]
     model, batch = model_of("llama"), packed(tiny.Documents(rows))
@@ -299,12 +307,3 @@ def test_models_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     mlp.down_proj.base_layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
     found = reason_against(model, packed=True, longest_document=64, autocast=None)
     assert found == "only some of its linear layers are in 4 bits"
-
-
-def test_what_is_kept_is_as_much_as_fits() -> None:
-    """A model of 24 layers of 100 kB a token: 8,192 tokens keep 20 GB."""
-    shape = tiny.CONFIGS["qwen2"]()
-    shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size = 24, 1024, 20480
-    shape.num_attention_heads = shape.num_key_value_heads = 16
-    kept = [roomiest(shape, 8192, gigabytes << 30) for gigabytes in (32, 20, 2, 0)]
-    assert kept == [Keep.ALL, Keep.ATTENTION, Keep.INPUTS, Keep.HOST]
