@@ -50,5 +50,6 @@ def _keep(model: nn.Module, args: FastModelArgs, tokens: int) -> Keep:
     asked = args.use_gradient_checkpointing
     if asked == "auto":
         free, _ = torch.cuda.mem_get_info()
-        return roomiest(base_of(model).config, tokens, free)
+        ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
+        return roomiest(base_of(model).config, tokens, free, rank=max(ranks, default=0))
     return {False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked]

@@ -9,6 +9,7 @@ from typing import Any
 
 from opensloth.arithmetic import BatchShape, StepPlan, batch_shape, plan_warnings, step_plan
 from opensloth.run_config import RunConfig
+from runner.prediction import Prediction
 from runner.spec import JobArgs
 
 
@@ -39,6 +40,7 @@ class Plan:
 
     steps and data are None where the dataset has not been prepared.
     origins: key -> (value, who gave it) for `job`, and for what `--set` changed.
+    prediction: of GPU memory and time; a sentence why there is none; None for a run without a GPU.
     """
 
     run: str
@@ -49,6 +51,7 @@ class Plan:
     steps: StepPlan | None
     warnings: tuple[str, ...]
     origins: Mapping[str, tuple[Any, str]]
+    prediction: Prediction | str | None = None
 
     @property
     def target_tokens_per_step(self) -> int | None:
@@ -67,6 +70,8 @@ class Plan:
             "data": None if self.data is None else asdict(self.data),
             "target_tokens_per_step": self.target_tokens_per_step,
             "steps": None if self.steps is None else _steps_json(self.steps),
+            "prediction": self.prediction.to_json() if isinstance(self.prediction, Prediction) else None,
+            "not_predicted": self.prediction if isinstance(self.prediction, str) else None,
             "warnings": list(self.warnings),
             "origins": {key: {"value": value, "from": source} for key, (value, source) in self.origins.items()},
         }
@@ -101,6 +106,10 @@ def plan_text(plan: Plan) -> str:
     if plan.steps is not None and plan.target_tokens_per_step is not None:
         rows.append(("step", f"about {plan.target_tokens_per_step:,} target tokens"))
         rows.append(("steps", _steps_text(plan.steps)))
+    if isinstance(plan.prediction, Prediction):
+        rows += plan.prediction.rows()
+    elif plan.prediction is not None:
+        rows.append(("memory", f"not predicted: {plan.prediction}"))
     rows += [(key, f"{plain(value)}  ({source})") for key, (value, source) in plan.origins.items()]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)

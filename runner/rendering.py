@@ -13,8 +13,10 @@ from runner.pytorchjob import Manifest, render_pytorchjob
 _NOT_CONTENT: Final = {
     *("context", "namespace", "queue", "priority_class"),
     *("deadline", "max_restarts", "start_timeout", "grace_period", "ttl"),
+    "gpu_memory",
 }
-"""Where a job runs, when and for how long is not what it does: with a longer deadline the same run goes on."""
+"""Where a job runs, when and for how long is not what it does: with a longer deadline the same run goes on. Nor is what
+a prediction is compared with."""
 
 
 def cluster_content(loaded: LoadedFile) -> str:

@@ -145,6 +145,9 @@ class JobArgs(JobSection):
     """Local disk of a pod (/tmp, logs), asked for and at most. None: neither."""
     gpu_resource: str = Field("nvidia.com/gpu", min_length=1)
     """The resource that a GPU is counted by."""
+    gpu_memory: Quantity | None = None
+    """Memory of one GPU, as in 80Gi, which a submit compares its prediction with; pods do not ask for it.
+    None: by the GPU that `node_selector` names."""
     queue: ObjectName | None = None
     """Kueue's LocalQueue. None: the job starts without a queue."""
     priority_class: ObjectName | None = None

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
+from opensloth import memory_estimate
+from opensloth.memory_estimate import Batch, Keep, Method
+from opensloth.model_shape import ModelShape
+from opensloth.opensloth_config import LORA_TARGETS
 
-class Keep(Enum):
-    """ALL: all that the backward pass reads. ATTENTION: the MLPs are computed again. INPUTS: the layers' inputs;
-    the rest is computed again. HOST: as INPUTS, in host memory.
+__all__ = ["Keep", "roomiest"]
+
+_MOMENTS_BYTES = 12
+"""Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
+
+
+def roomiest(config: Any, tokens: int, free: int, *, rank: int) -> Keep:
+    """The fastest choice that fits.
+
+    config: the model's. tokens: of a batch. free: bytes on the device, with the model loaded and nothing else.
+    rank: of its adapter; 0: every weight is trained.
     """
-
-    ALL = "all"
-    ATTENTION = "all but the MLPs'"
-    INPUTS = "inputs"
-    HOST = "inputs in host memory"
-
-
-def roomiest(config: Any, tokens: int, free: int) -> Keep:
-    """The fastest choice that fits. config: the model's. tokens: of a batch. free: bytes on the device."""
-    layers: int = config.num_hidden_layers
-    return next((keep for keep, size in _bytes(config).items() if layers * size * tokens < _SHARE * free), Keep.HOST)
-
-
-_SHARE = 0.7
-"""Of the free memory; the rest is for logits, the optimizer, and one layer at work."""
-
-
-def _bytes(config: Any) -> dict[Keep, int]:
-    """What a layer keeps of a token, in 16 bits."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attended, width = config.num_attention_heads * head, config.hidden_size
-    qkv = attended + 2 * config.num_key_value_heads * head
-    copies = 2 if config.model_type == "qwen3" else 1  # before and after the norm of its heads
-    half = 3 * width + copies * qkv + attended  # x, normed, qkv, attention's output, y
-    return {
-        Keep.ALL: 2 * (half + width + 2 * config.intermediate_size),
-        Keep.ATTENTION: 2 * half,
-        Keep.INPUTS: 2 * width,
-    }
+    shape = ModelShape.from_config(config.to_dict())
+    method = Method(rank, LORA_TARGETS, shape.bits, _MOMENTS_BYTES, fused=True)
+    left = free - memory_estimate.to_come(shape, method)
+    return memory_estimate.roomiest(shape, method, Batch(tokens, tokens), left) or Keep.HOST

@@ -10,6 +10,7 @@ from opensloth import run_config
 from opensloth.errors import ConfigError
 from runner import output
 from runner.commands.common import cluster_options, file_argument, json_option, set_option, settings
+from runner.commands.predicting import gpu_of_cluster, gpu_of_here, require_room, with_prediction
 from runner.commands.submit import choose_run
 from runner.config_file import LoadedFile, Target, load_file
 from runner.errors import INSTALL_TRAIN_EXTRA, InvalidFileError, RunnerError
@@ -105,6 +106,15 @@ def _count(loaded: LoadedFile) -> BuiltData | None:
 
 def _plan(run: str, loaded: LoadedFile, data: BuiltData | None, *, for_cluster: bool) -> Plan:
     try:
-        return build_plan(run, loaded.run, loaded.job if for_cluster else None, data, loaded.origins)
+        plan = build_plan(run, loaded.run, loaded.job if for_cluster else None, data, loaded.origins)
     except ConfigError as error:
         raise loaded.invalid(error) from error
+    gpu = None if for_cluster else gpu_of_here(loaded)
+    here = gpu is not None
+    if gpu is None:
+        gpu = gpu_of_cluster(loaded)
+        if gpu is not None and gpu.memory is None and not for_cluster:
+            gpu = None  # no GPU here, and none is named
+    plan = with_prediction(plan, loaded, gpu, here=here)
+    require_room(plan, loaded)
+    return plan

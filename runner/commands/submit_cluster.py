@@ -18,6 +18,7 @@ from runner.cluster_history import ClusterHistory
 from runner.cluster_status import template_of
 from runner.commands import watching
 from runner.commands.common import confirm, settings
+from runner.commands.predicting import gpu_of_cluster, require_room, with_prediction
 from runner.config_file import LoadedFile, Target, load_file
 from runner.errors import Interrupted
 from runner.helper import Helper
@@ -34,7 +35,9 @@ _PODS_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.5
 
 
-def submit_cluster(file: Path, sets: tuple[str, ...], fresh: bool, yes: bool) -> tuple[KubernetesBackend, str, Outcome]:
+def submit_cluster(
+    file: Path, sets: tuple[str, ...], *, fresh: bool, force: bool, yes: bool
+) -> tuple[KubernetesBackend, str, Outcome]:
     """Returns the backend, the run and what it came to."""
     loaded, cluster = load_for_cluster(file, sets)
     backend = KubernetesBackend(cluster, output.say)
@@ -42,7 +45,7 @@ def submit_cluster(file: Path, sets: tuple[str, ...], fresh: bool, yes: bool) ->
     run = _choose_run(backend, run_id(loaded.run.name, content), loaded, fresh)
     manifest = job_manifest(loaded, run, content)
     with _nothing_left_behind():
-        outcome = _submit(backend, run, loaded, manifest, yes)
+        outcome = _submit(backend, run, loaded, manifest, force=force, yes=yes)
     if outcome in (Outcome.STARTED, Outcome.RESUMED):
         with watching.may_be_interrupted(backend.handle(run)):
             _await_pods(backend, run)
@@ -76,10 +79,14 @@ def _choose_run(backend: KubernetesBackend, base: str, loaded: LoadedFile, fresh
         return next_fresh(base, [*existing, *history.runs()])
 
 
-def _submit(backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: dict[str, Any], yes: bool) -> Outcome:
+def _submit(
+    backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: dict[str, Any], *, force: bool, yes: bool
+) -> Outcome:
     submission = Submission(run_config.dump(loaded.run), manifest)
     standing = backend.standing(run)
-    output.say(plan_text(build_plan(run, loaded.run, loaded.job, None, loaded.origins)))
+    plan = build_plan(run, loaded.run, loaded.job, None, loaded.origins)
+    plan = with_prediction(plan, loaded, gpu_of_cluster(loaded), here=False)
+    output.say(plan_text(plan))
     output.say(f"into {backend.cluster.where}")
     for note in notes(loaded.job):
         output.say(f"note: {note}")
@@ -87,6 +94,7 @@ def _submit(backend: KubernetesBackend, run: str, loaded: LoadedFile, manifest: 
         output.say("note: the running job keeps its own settings of `job`; cancel it and submit again to change them")
     if standing in (Outcome.ATTACHED, Outcome.ALREADY_SUCCEEDED):
         return standing
+    require_room(plan, loaded, force=force)
     confirm("Submit?", yes)
     check_on_server(backend.cluster, manifest, output.say)
     if loaded.sources:

@@ -8,12 +8,15 @@ from types import ModuleType
 from golden import assert_golden
 
 from opensloth.arithmetic import step_plan
+from opensloth.memory_estimate import GIB, Estimate
 from opensloth.opensloth_config import TrainingArguments
 from opensloth.run_config import check
 from runner import backend, why
 from runner.backend import LogLine, Outcome, State
+from runner.gpu import Gpu
 from runner.output import log_json
 from runner.plan import BuiltData, build_plan
+from runner.prediction import predict
 from runner.schema import field_docstrings
 
 DOC = Path(__file__).parents[2] / "docs" / "json.md"
@@ -28,8 +31,14 @@ def test_what_is_documented_is_what_is_written() -> None:
     data = BuiltData("p", True, 10, 100, 8, 0.9, 0, [])
     config, _ = check({"name": "a", "opensloth": {"fast_model_args": {"model_name": "m"}}, "dataset": {"path": "x/y"}})
     assert config is not None
-    written = build_plan("a-12345678", config, None, data, {}).to_json()
+    plan = build_plan("a-12345678", config, None, data, {})
+    written = plan.to_json()
     assert set(written) == set(PLAN)
+    gpu = Gpu("NVIDIA L4", 23 * GIB, "this machine")
+    model = {name: 64 for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    predicted = predict(config, model | {"num_attention_heads": 1}, gpu, plan, quantises=True).to_json()
+    assert set(predicted) == set(PREDICTION)
+    assert set(predicted["expected"]) == {"keeps", "peak", *Estimate.__dataclass_fields__}
     assert set(written["steps"]) == {*vars(step_plan(TrainingArguments(), 8, 1))} - {"shape"}
     assert set(log_json(LogLine(0, ""))) == set(LOG)
 
@@ -44,8 +53,23 @@ PLAN = {
     "target_tokens_per_step": "on average; null without data",
     "steps": "null without data; else rows, steps_per_epoch, total_steps, warmup_steps, checkpoint_interval, "
     "eval_interval",
+    "prediction": "of GPU memory (bytes, of one GPU) and time, see below; null on a CPU, and where not_predicted says "
+    "why",
+    "not_predicted": "a sentence, or null",
     "warnings": "sentences",
     "origins": "{key: {value, from}} of `job` and of what --set changed",
+}
+PREDICTION = {
+    "gpu": "name, memory, from: who said so; null where nobody did",
+    "fits": "null: there is nothing to compare with",
+    "rough": "whether it is an estimate of plain torch, or of a family whose sizes are not known exactly",
+    "why_not_fused": "why plain torch will train it; null: the fast path will",
+    "context": "what CUDA takes before the first tensor, beside every peak",
+    "expected": "what the run will keep for the backward pass on this GPU: keeps, and bytes: peak, weights, trained, "
+    "kept, loss, layer, other; the peak has the larger of loss and layer",
+    "smallest": "the same of the least that it can do with",
+    "tokens_per_second": "of one GPU; null where the fast path or the GPU's product is not certain",
+    "seconds": "of all steps; null where their number is not known",
 }
 LOG = {
     "rank": "-1: the launcher",
@@ -90,6 +114,10 @@ def as_markdown() -> str:
         "`valid`; `problems`: a list of {path, message, hint, where}; if valid, `plan`:",
         "",
         *_table(PLAN),
+        "",
+        "`prediction` ([memory.md](memory.md) says what is counted):",
+        "",
+        *_table(PREDICTION),
         "",
         "## Others",
         "",

@@ -1,0 +1,233 @@
+"""How much GPU memory training takes, from sizes alone: each term is a buffer that the code makes. Pure.
+
+    peak = weights + trained + kept + max(loss, layer) + other
+
+Counted is what torch allocates at the worst moment (`torch.cuda.max_memory_allocated`). The CUDA context comes on top.
+Every process holds a whole model, so all of it is of one GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from opensloth.model_shape import ModelShape
+
+GIB = 1 << 30
+CONTEXT_BYTES = int(0.6 * GIB)
+"""Of a card's memory before the first tensor: the driver, the CUDA context, and the code of the kernels."""
+LOGITS_BYTES = GIB
+"""Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
+MLP_BYTES = GIB
+"""Room for what an MLP makes and its gradients, where they are made in parts."""
+_OTHER_BYTES = GIB // 10
+"""cuBLAS' workspaces, a batch's indices and turns, gradients of adapters before they are dealt out."""
+_USABLE = 0.95
+"""Of what is free: blocks do not lie without gaps."""
+_HALF, _FLOAT = 2, 4
+_FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: itself, an 8-bit scale of 64, a 32-bit scale of 256 of those."""
+_BORDER = 16
+"""An adapter's rank in the border of a weight is rounded up to a multiple of it."""
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The fast path makes each one product."""
+
+
+class Keep(Enum):
+    """ALL: all that the backward pass reads. ATTENTION: the MLPs are computed again. INPUTS: the layers' inputs;
+    the rest is computed again. HOST: as INPUTS, in host memory.
+    """
+
+    ALL = "all"
+    ATTENTION = "all but the MLPs'"
+    INPUTS = "inputs"
+    HOST = "inputs in host memory"
+
+
+SCARCITY = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}
+"""Logits and MLPs are made in parts of this fraction of their room."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is trained.
+
+    rank: of the adapter; 0: every weight is trained. targets: the modules that have one. bits: of frozen weights, 4, 8
+    or 16 (32: no bfloat16). moments: bytes of the optimizer for each trained weight. fused: by the fast path.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    bits: int
+    moments: float
+    fused: bool
+
+    @property
+    def is_full(self) -> bool:
+        return not self.rank
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens: of one micro-batch, padding included. targets: those that predict something."""
+
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU.
+
+    weights: in which is computed. trained: adapters or float32 weights, with gradient and moments. kept: for the
+    backward pass. loss, layer: the head with its loss at work, one layer at work; never both.
+    """
+
+    weights: int
+    trained: int
+    kept: int
+    loss: int
+    layer: int
+    other: int
+
+    @property
+    def peak(self) -> int:
+        """What torch has allocated at the worst moment."""
+        return self.weights + self.trained + self.working
+
+    @property
+    def working(self) -> int:
+        """What a batch needs beside weights and optimizer."""
+        return self.kept + max(self.loss, self.layer) + self.other
+
+    @property
+    def of_card(self) -> int:
+        """What a GPU must have for it."""
+        return self.peak + CONTEXT_BYTES
+
+
+def estimate(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> Estimate:
+    """keep: plain torch knows ALL and INPUTS only; with it, the figure is a rough one."""
+    working = _fused_working if method.fused else _autograd_working
+    kept, loss, layer = working(shape, method, batch, keep)
+    trained = trained_parameters(shape, method) * (2 * _FLOAT + method.moments)
+    weights = _frozen(shape, method) + added_weights(shape, method)
+    return Estimate(int(weights), int(trained), int(kept), int(loss), int(layer), _OTHER_BYTES)
+
+
+def roomiest(
+    shape: ModelShape, method: Method, batch: Batch, free: int, choices: Iterable[Keep] = tuple(Keep)
+) -> Keep | None:
+    """The fastest of `choices` whose `working` bytes fit; None: no one does.
+
+    free: bytes of the device when weights, gradients and moments have their places. Room for one more part of the
+    logits is left: an evaluation cannot use what belongs to a captured graph.
+    """
+    for keep in choices:
+        if estimate(shape, method, batch, keep).working + LOGITS_BYTES // SCARCITY[keep] <= _USABLE * free:
+            return keep
+    return None
+
+
+def to_come(shape: ModelShape, method: Method) -> int:
+    """Bytes that a loaded model will ask for before its first batch: gradients, moments, other weights."""
+    return int(trained_parameters(shape, method) * (_FLOAT + method.moments)) + added_weights(shape, method)
+
+
+def trained_parameters(shape: ModelShape, method: Method) -> int:
+    if method.is_full:
+        return shape.parameters
+    sizes = shape.projections
+    return shape.layers * method.rank * sum(sum(sizes[name]) for name in method.targets if name in sizes)
+
+
+def part_of_mlp(shape: ModelShape, tokens: int, keep: Keep) -> int:
+    """Tokens that the fast path sends through an MLP at a time, on the way back."""
+    if keep is Keep.ALL:
+        return tokens
+    return min(tokens, max(1024, MLP_BYTES // SCARCITY[keep] // (12 * shape.intermediate) // 1024 * 1024))
+
+
+def added_weights(shape: ModelShape, method: Method) -> int:
+    """Bytes beside the weights as they are loaded: what training computes with instead, or in front of, them."""
+    if method.is_full:  # a copy in 16 bits: of matrices and head on the fast path, of what autocast meets elsewhere
+        return 0 if method.bits > 16 else _HALF * (shape.linear + shape.head_parameters)
+    if not method.fused:
+        largest = max(outputs * inputs for outputs, inputs in shape.projections.values())
+        return _HALF * largest if method.bits == 4 else 0
+    whole = _HALF * shape.layer_linear if method.bits == 4 else 0  # one layer's, made of those in 4 bits
+    return whole + _HALF * shape.layers * _borders(shape, method)
+
+
+def _frozen(shape: ModelShape, method: Method) -> float:
+    """Bytes of the weights that are not trained, as they are loaded."""
+    if method.is_full:
+        return 0
+    size = {4: _FOUR_BITS, 8: 1}.get(method.bits, method.bits / 8)
+    return size * shape.linear + max(_HALF, method.bits // 8) * (shape.parameters - shape.linear)
+
+
+def _borders(shape: ModelShape, method: Method) -> int:
+    """Elements of a layer's weights that are adapters'."""
+    ranks = _ranks(method)
+    widths = [
+        sum(shape.projections[name][0] for name in group) + shape.projections[group[0]][1] + rank
+        for group, rank in zip(_GROUPS, ranks, strict=True)
+    ]
+    return sum(width * rank for width, rank in zip(widths, ranks, strict=True))
+
+
+def _ranks(method: Method) -> tuple[int, ...]:
+    """Of the borders of qkv, o, gate and up, down."""
+    sums = [method.rank * sum(name in method.targets for name in group) for group in _GROUPS]
+    return tuple(-(-rank // _BORDER) * _BORDER for rank in sums)
+
+
+def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:
+    """kept, loss, layer of `opensloth.fused`."""
+    width, inner, tokens = shape.hidden, shape.intermediate, batch.tokens
+    qkv_border, out_border, up_border, down_border = _ranks(method)
+    turned = 2 if shape.head_norms else 1  # qkv before and after its heads are normed
+    scales = _FLOAT * (2 + shape.heads + turned // 2 * (shape.heads + shape.key_value_heads))
+    attended = _HALF * (width + qkv_border + turned * shape.qkv + shape.attended + out_border + width) + scales
+    expanded = _HALF * (width + up_border + 2 * inner + down_border)
+    of_input = _HALF * width
+    kept = {
+        Keep.ALL: shape.layers * (of_input + attended + expanded),
+        Keep.ATTENTION: shape.layers * (of_input + attended),
+        Keep.INPUTS: shape.layers * of_input,
+        Keep.HOST: 3 * of_input,  # two on their way to the host, one on its way back
+    }[keep]
+    part = part_of_mlp(shape, tokens, keep)
+    again = {Keep.ALL: 0, Keep.ATTENTION: 0}.get(keep, attended) * tokens
+    again_mlp = 0 if keep is Keep.ALL else expanded * part
+    mlp = again_mlp + _HALF * (4 * inner + width) * part
+    attention = _HALF * (shape.attended + shape.qkv + width) * tokens
+    layer = _HALF * (3 * width + down_border + out_border) * tokens + again + max(mlp, attention)
+    logits = min(LOGITS_BYTES // SCARCITY[keep], _HALF * shape.vocabulary * batch.targets)
+    loss = _HALF * width * (2 * tokens + 3 * batch.targets) + logits
+    return kept * tokens, loss, layer
+
+
+def _autograd_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:
+    """The same of transformers' layers under autograd and autocast, about; all logits are made at once."""
+    width, inner, tokens = shape.hidden, shape.intermediate, batch.tokens
+    cast = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), width),
+        "o_proj": shape.attended,
+        "down_proj": inner,
+    }
+    # Norms in float32, expanded keys and values, SwiGLU; then an input in 16 bits for every adapter.
+    layer = 8 * width + 8 * shape.attended + 6 * inner
+    if method.is_full:
+        layer += 8 * width + 10 * width + 2 * inner
+    else:
+        layer += _HALF * sum(size for name, size in cast.items() if name in method.targets)
+    if method.bits > 16:
+        layer *= 2
+    of_input = width * (_FLOAT if method.is_full or method.bits > 16 else _HALF)
+    logits = 3 * _FLOAT * shape.vocabulary * batch.targets  # log-probabilities, and gradients on both their sides
+    if keep is Keep.ALL:
+        return shape.layers * layer * tokens, logits, 0
+    return shape.layers * of_input * tokens, logits, layer * tokens

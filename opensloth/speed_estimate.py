@@ -1,0 +1,82 @@
+"""How fast the fast path trains, from sizes alone. Pure.
+
+A step is matrix products, attention, element-wise work that memory bounds, and launches. What share of a card's
+published figures each reaches was fitted to what an H100 did (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opensloth.memory_estimate import Batch, Keep, Method, trained_parameters
+from opensloth.model_shape import ModelShape
+
+_PRODUCTS, _ATTENTION = 0.64, 0.27
+"""Of the published operations."""
+_TRAFFIC = 0.51
+"""Of the published bandwidth."""
+_LAYER_SECONDS = 0.45e-3
+"""Of a layer, whatever the batch: kernels that begin and end."""
+_LAUNCHER = 0.94
+"""A whole run, with loading, logging and TensorBoard, beside the steps alone."""
+SPREAD = 0.9
+"""Tokens that a token sees on average, in mean lengths of a document: a half, and more as lengths differ."""
+_OPTIMIZER_BYTES = 28
+"""AdamW reads a weight, its gradient and moments, and writes all but the gradient."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """operations: dense, in bfloat16, a second. bandwidth: bytes a second. Both as published."""
+
+    operations: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """batch: of one process. accumulation: batches in a step. document: mean tokens of a document."""
+
+    batch: Batch
+    accumulation: int
+    document: float
+
+
+def tokens_per_second(shape: ModelShape, method: Method, step: Step, keep: Keep, card: Card) -> float:
+    """Of one GPU in a run through the launcher. method: fused."""
+    batch = step.batch
+    seconds = (
+        _products(shape, method, batch, keep) / (_PRODUCTS * card.operations)
+        + _attention(shape, step, keep) / (_ATTENTION * card.operations)
+        + _traffic(shape, method, step, keep) / (_TRAFFIC * card.bandwidth)
+        + shape.layers * _LAYER_SECONDS
+    )
+    return _LAUNCHER * batch.tokens / seconds
+
+
+def _products(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> float:
+    """Operations: two a weight forward, two for inputs' gradients, two for its own; and what is made again."""
+    times = 6 if method.is_full else 4
+    mlp = shape.layers * shape.hidden * shape.intermediate
+    again = {Keep.ALL: 0, Keep.ATTENTION: 2 * mlp}.get(keep, shape.linear - mlp)  # never the last product
+    return (times * shape.linear + 2 * again) * batch.tokens + times * shape.head_parameters * batch.targets
+
+
+def _attention(shape: ModelShape, step: Step, keep: Keep) -> float:
+    passes = 3.5 if keep in (Keep.ALL, Keep.ATTENTION) else 4.5  # the way back takes two and a half
+    seen = SPREAD * step.document
+    return passes * 4 * shape.layers * shape.attended * seen * step.batch.tokens
+
+
+def _traffic(shape: ModelShape, method: Method, step: Step, keep: Keep) -> float:
+    """Bytes that element-wise kernels read and write, 16 bits each."""
+    width, inner, batch = shape.hidden, shape.intermediate, step.batch
+    of_layer = 14 * width + 4 * shape.qkv + 9 * inner
+    if keep is not Keep.ALL:
+        of_layer += 2 * width + 3 * inner
+    if keep in (Keep.INPUTS, Keep.HOST):
+        of_layer += 2 * width + 2 * shape.qkv
+    bytes_of_batch: float = 2 * shape.layers * of_layer * batch.tokens + 2 * 3 * shape.vocabulary * batch.targets
+    if method.bits == 4:  # made whole for either way
+        bytes_of_batch += 2 * (0.5 + 2) * shape.linear
+    return bytes_of_batch + _OPTIMIZER_BYTES * trained_parameters(shape, method) / step.accumulation

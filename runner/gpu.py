@@ -1,0 +1,104 @@
+"""Which GPU a run will have: what `job` says of a cluster's, or this machine's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from opensloth.memory_estimate import GIB
+from opensloth.speed_estimate import Card
+from runner.quantities import parse_quantity
+from runner.spec import JobArgs
+
+PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
+MEMORY_LABEL: Final = "nvidia.com/gpu.memory"
+"""What NVIDIA's feature discovery puts on nodes: the name with '-' for spaces, and MiB."""
+_MIB: Final = 1 << 20
+_SECONDS: Final = 10
+
+
+@dataclass(frozen=True)
+class Product:
+    """mib: as its driver reports it. card: None where it does not compute in bfloat16."""
+
+    mib: int
+    card: Card | None
+
+
+def _card(tera_operations: float, gigabytes: float) -> Card:
+    return Card(tera_operations * 1e12, gigabytes * 1e9)
+
+
+_PRODUCTS: Final = (
+    ("B200", Product(183_359, _card(2250, 8000))),
+    ("H200", Product(143_771, _card(989, 4800))),
+    ("H100 NVL", Product(95_830, _card(835, 3900))),
+    ("H100 PCIE", Product(81_559, _card(756, 2000))),
+    ("H100", Product(81_559, _card(989, 3350))),
+    (r"A100.* 80GB", Product(81_920, _card(312, 2000))),
+    ("A100", Product(40_960, _card(312, 1555))),
+    ("L40S", Product(46_068, _card(362, 864))),
+    ("L4", Product(23_034, _card(121, 300))),
+    ("A10G?", Product(23_028, _card(125, 600))),
+    ("RTX A6000", Product(49_140, _card(155, 768))),
+    ("RTX 6000 ADA", Product(49_140, _card(364, 960))),
+    ("RTX 5090", Product(32_607, _card(210, 1792))),
+    ("RTX 4090", Product(24_564, _card(165, 1008))),
+    ("RTX 3090", Product(24_576, _card(71, 936))),
+    ("T4", Product(15_360, None)),
+    (r"V100.* 32GB", Product(32_768, None)),
+    ("V100", Product(16_384, None)),
+)
+"""What a product's name has in it, the narrower first -> as published."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """name: "" when it is not known. memory: bytes; None: not known. source: who said so."""
+
+    name: str
+    memory: int | None
+    source: str
+
+    @property
+    def product(self) -> Product | None:
+        words = self.name.upper().replace("-", " ")
+        if " MIG " in words:  # a slice
+            return None
+        return next((product for part, product in _PRODUCTS if re.search(rf"\b{part}\b", words)), None)
+
+    def __str__(self) -> str:
+        size = f"{self.memory / GIB:.1f} GiB" if self.memory else ""
+        return ", ".join(part for part in (self.name, size) if part)
+
+
+def gpu_of_job(job: JobArgs) -> Gpu:
+    """By `job.gpu_memory`, then by the labels that `job.node_selector` asks for."""
+    name = job.node_selector.get(PRODUCT_LABEL, "")
+    labelled = job.node_selector.get(MEMORY_LABEL, "")
+    if job.gpu_memory is not None:
+        return Gpu(name, int(parse_quantity(job.gpu_memory)), "job.gpu_memory")
+    if labelled.isdigit():
+        return Gpu(name, int(labelled) * _MIB, "job.node_selector")
+    product = Gpu(name, None, "").product
+    return Gpu(name, product.mib * _MIB if product else None, "job.node_selector")
+
+
+def gpu_of_this_machine(environ: Mapping[str, str] = os.environ) -> Gpu | None:
+    """The smallest one; None: there is none, or its driver does not answer."""
+    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.findall(r"(?m)^(\d+), (.+?)\s*$", done.stdout)
+    if not found:
+        return None
+    mib, name = min(found, key=lambda pair: int(pair[0]))
+    return Gpu(name, int(mib) * _MIB, "this machine")

@@ -1,0 +1,334 @@
+"""GPU memory and time of a run, from its file and its model's config.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from opensloth.errors import Problem
+from opensloth.human import human_duration
+from opensloth.memory_estimate import CONTEXT_BYTES, GIB, Batch, Estimate, Keep, Method, estimate, roomiest
+from opensloth.model_shape import ModelShape
+from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
+from opensloth.run_config import RunConfig
+from opensloth.speed_estimate import Step, tokens_per_second
+from runner.gpu import Gpu
+
+if TYPE_CHECKING:
+    from runner.plan import Plan
+
+ROUGH: Final = 1.25
+"""An estimate that is only about right must be over a card's memory by this before it is believed."""
+_DOCUMENT: Final = 500
+"""Tokens of a document where nobody has counted them; only attention depends on it."""
+_MOMENTS: Final = {
+    "adamw_torch": 12, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "ademamix": 12, "ademamix_8bit": 3,
+    "lion_8bit": 1, "lion_32bit": 4, "adagrad": 8, "rmsprop": 8,
+}  # fmt: skip
+"""Bytes for each trained weight, with what a step makes of all of them at once (torch's own, unless fused: a root).
+Adafactor and SGD keep next to nothing; paged ones make room by themselves."""
+_RECOMPUTE: Final = "opensloth.fast_model_args.use_gradient_checkpointing"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """expected: what the run will keep for the backward pass, and what that takes. smallest: the least it can do with.
+
+    why_not_fused: None on the fast path. is_rough: an estimate of plain torch, or of a family that is not known.
+    may_refuse: whether it is good enough to turn a run down. tokens_per_second: of one GPU. seconds: of all steps.
+    """
+
+    gpu: Gpu
+    why_not_fused: str | None
+    is_rough: bool
+    may_refuse: bool
+    expected: tuple[Keep, Estimate]
+    smallest: tuple[Keep, Estimate]
+    tokens_per_second: float | None
+    seconds: float | None
+    changes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """None: there is nothing to compare it with."""
+        if self.gpu.memory is None:
+            return None
+        return _fits(self.smallest[1], self.gpu.memory, self.is_rough) or not self.may_refuse
+
+    @property
+    def problem(self) -> Problem | None:
+        if self.fits is not False:
+            return None
+        keep, least = self.smallest
+        about = "about " if self.is_rough else ""
+        name = self.gpu.name or "a GPU"
+        message = (
+            f"does not fit: training takes {about}{_gib(least.of_card)} of GPU memory at least, and {name} has "
+            f"{_gib(self.gpu.memory or 0)} ({self.gpu.source}); {_parts(least)}, keeping {keep.value}"
+        )
+        ways = [*self.changes, f"a GPU with {_gib(least.of_card)} or more", "or submit it all the same with --force"]
+        return Problem("opensloth.fast_model_args.model_name", message, "; ".join(ways))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """As lines of the plan."""
+        keep, expected = self.expected
+        about = "about " if self.is_rough else ""
+        line = f"{about}{_gib(expected.of_card)}"
+        if self.gpu.memory is not None:
+            line += f" of the {_gib(self.gpu.memory)} of {self.gpu.name or 'a GPU'} ({self.gpu.source})"
+        line += f", keeping {keep.value} for the backward pass"
+        if self.smallest != self.expected:
+            line += f"; at least {_gib(self.smallest[1].of_card)}, keeping {self.smallest[0].value}"
+        found = [("memory", line), ("", _parts(expected))]
+        if self.gpu.memory is None:
+            found.append(("", "compared with no GPU: job.gpu_memory says what one has, as in 80Gi"))
+        if self.why_not_fused:
+            found.append(("", f"a rough estimate: plain torch trains this ({self.why_not_fused})"))
+        elif self.is_rough:
+            found.append(("", "a rough estimate: the sizes of this model are not known exactly"))
+        if self.tokens_per_second:
+            total = f", {human_duration(self.seconds)} for all steps" if self.seconds else ""
+            found.append(("speed", f"about {_rounded(self.tokens_per_second):,} tokens/s on each GPU{total}"))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gpu": {
+                "name": self.gpu.name or None,
+                "memory": self.gpu.memory,
+                "from": None if self.gpu.memory is None else self.gpu.source,
+            },
+            "fits": self.fits,
+            "rough": self.is_rough,
+            "why_not_fused": self.why_not_fused,
+            "context": CONTEXT_BYTES,
+            "expected": _choice_json(self.expected),
+            "smallest": _choice_json(self.smallest),
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second),
+            "seconds": self.seconds and round(self.seconds),
+        }
+
+
+def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: Plan, *, quantises: bool) -> Prediction:
+    """model_config: what config.json holds. quantises: whether 4-bit and 8-bit defaults will be honoured.
+
+    Raises ValueError with the reason where the model's sizes cannot be told.
+    """
+    shape = ModelShape.from_config(model_config)
+    case = _Case.of(config, shape, gpu, plan, quantises=quantises)
+    expected, least = case.choose(gpu.memory), case.least
+    rough = not case.method.fused or not shape.is_exact or config.opensloth.pretrained_lora is not None
+    rate = case.rate(gpu, plan)
+    changes: tuple[str, ...] = ()
+    if gpu.memory is not None and not _fits(least, gpu.memory, rough):
+        changes = case.changes(gpu.memory, rough)
+    return Prediction(
+        gpu=gpu,
+        why_not_fused=case.why_not_fused,
+        is_rough=rough,
+        may_refuse=config.opensloth.sequence_packing,
+        expected=(expected, case.with_keep(expected)),
+        smallest=(case.keeps[-1], least),
+        tokens_per_second=rate,
+        seconds=None if rate is None else _seconds(config, plan, rate),
+        changes=changes,
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One way to train; `rows` of them in a batch. keeps: that the file allows, the roomiest first."""
+
+    shape: ModelShape
+    method: Method
+    why_not_fused: str | None
+    keeps: tuple[Keep, ...]
+    rows: int
+    row_tokens: int
+    targets: float
+
+    @classmethod
+    def of(cls, config: RunConfig, shape: ModelShape, gpu: Gpu, plan: Plan, *, quantises: bool) -> _Case:
+        data, row = plan.data, config.opensloth.fast_model_args.max_seq_length
+        why = _why_not_fused(config, shape, gpu)
+        rows = plan.shape.per_device
+        if data is not None:
+            rows = min(rows, data.rows)
+        return cls(
+            shape=shape,
+            method=_method(config, shape, gpu, fused=why is None, quantises=quantises),
+            why_not_fused=why,
+            keeps=_keeps(config, fused=why is None),
+            rows=rows,
+            row_tokens=row,
+            targets=1.0 if data is None else min(1.0, data.target_tokens / (data.rows * row)),
+        )
+
+    @property
+    def batch(self) -> Batch:
+        tokens = self.rows * self.row_tokens
+        return Batch(tokens, round(tokens * self.targets))
+
+    @property
+    def least(self) -> Estimate:
+        return self.with_keep(self.keeps[-1])
+
+    def with_keep(self, keep: Keep) -> Estimate:
+        return estimate(self.shape, self.method, self.batch, keep)
+
+    def choose(self, memory: int | None) -> Keep:
+        """What the engine will keep on a GPU of this memory."""
+        if memory is None:
+            return self.keeps[0]
+        fixed = self.with_keep(self.keeps[0])
+        free = memory - CONTEXT_BYTES - fixed.weights - fixed.trained
+        return roomiest(self.shape, self.method, self.batch, free, self.keeps) or self.keeps[-1]
+
+    def rate(self, gpu: Gpu, plan: Plan) -> float | None:
+        """Tokens a second on the fast path, padding not counted; None for a GPU that is not known."""
+        if not self.method.fused or gpu.product is None or gpu.product.card is None:
+            return None
+        batch, document = self.batch, float(min(_DOCUMENT, self.row_tokens))
+        if plan.data is not None:
+            of_row = plan.data.row_fill * self.row_tokens
+            batch = Batch(max(1, round(self.rows * of_row)), batch.targets)
+            document = plan.data.rows * of_row / plan.data.documents
+        step = Step(batch, plan.shape.accumulation, document)
+        return tokens_per_second(self.shape, self.method, step, self.choose(gpu.memory), gpu.product.card)
+
+    def changes(self, memory: int, rough: bool) -> tuple[str, ...]:
+        """What would make it fit: each way alone, else all of them together."""
+        ways = self._ways(memory, rough)
+        alone = [said for said, case in ways if _fits(case.least, memory, rough)]
+        if alone or len(ways) < 2:
+            return tuple(alone)
+        together = self
+        for _, case in ways:
+            together = together._with_change(case, self)
+        said = " ".join(said for said, _ in ways)
+        return (f"together {said}",) if _fits(together.least, memory, rough) else ()
+
+    def _ways(self, memory: int, rough: bool) -> list[tuple[str, _Case]]:
+        ways = []
+        whole = _every_keep(fused=self.method.fused)
+        if self.keeps[-1] is not whole[-1]:
+            ways.append((f"--set {_RECOMPUTE}=unsloth", replace(self, keeps=whole)))
+        fewer = [replace(self, rows=rows) for rows in range(self.rows - 1, 0, -1)]
+        if fewer:
+            case = next((case for case in fewer if _fits(case.least, memory, rough)), fewer[-1])
+            ways.append((f"--set training.per_device_train_batch_size={case.rows}", case))
+        if not self.method.is_full and self.method.bits > 4:
+            four = replace(self, method=replace(self.method, bits=4))
+            ways.append(("--set opensloth.fast_model_args.load_in_4bit=true", four))
+        if self.method.is_full:
+            adapter = replace(self.method, rank=LoraArgs().r, targets=LORA_TARGETS)
+            ways.append(("--set opensloth.fast_model_args.full_finetuning=false", replace(self, method=adapter)))
+        return ways
+
+    def _with_change(self, changed: _Case, before: _Case) -> _Case:
+        """Also what `changed` has otherwise than `before`."""
+        new = {name: value for name, value in vars(changed).items() if value != getattr(before, name)}
+        return replace(self, **new)
+
+
+def _every_keep(*, fused: bool) -> tuple[Keep, ...]:
+    return tuple(Keep) if fused else (Keep.INPUTS,)  # plain torch goes by the layers' inputs unless it is told not to
+
+
+def _keeps(config: RunConfig, *, fused: bool) -> tuple[Keep, ...]:
+    asked = config.opensloth.fast_model_args.use_gradient_checkpointing
+    if asked is False:
+        return (Keep.ALL,)
+    if asked is True:
+        return (Keep.INPUTS,)
+    if fused and asked == "unsloth" and _RECOMPUTE in config.explicit:
+        return (Keep.HOST,)
+    return _every_keep(fused=fused)
+
+
+def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quantises: bool) -> Method:
+    args, adapter = config.opensloth.fast_model_args, config.opensloth.lora_args or LoraArgs()
+    bits = 16 if _computes_in_bfloat16(config, gpu) else 32
+    if not args.full_finetuning:
+        asked = 4 if args.load_in_4bit and quantises else 8 if args.load_in_8bit and quantises else bits
+        bits = min(asked, shape.bits if shape.bits < 16 else bits)
+    return Method(
+        rank=0 if args.full_finetuning else adapter.r,
+        targets=() if args.full_finetuning else tuple(adapter.selected_modules()),
+        bits=bits,
+        moments=_MOMENTS.get(config.training.optim, 0),
+        fused=fused,
+    )
+
+
+def _computes_in_bfloat16(config: RunConfig, gpu: Gpu) -> bool:
+    if config.training.bf16 is None:
+        return gpu.product is None or gpu.product.card is not None
+    return config.training.bf16
+
+
+def _why_not_fused(config: RunConfig, shape: ModelShape, gpu: Gpu) -> str | None:
+    """What can be told before the model is loaded of what `opensloth.engine` will say."""
+    opensloth, adapter = config.opensloth, config.opensloth.lora_args
+    longest = opensloth.fast_model_args.max_seq_length
+    if opensloth.engine == "torch":
+        return "asked for"
+    if not _computes_in_bfloat16(config, gpu):
+        return "the fast path computes in bfloat16 only"
+    if not opensloth.sequence_packing:
+        return "the rows are not packed"
+    if opensloth.fast_model_args.load_in_8bit or shape.bits == 8:
+        return "its linear layers are in 8 bits"
+    if shape.reason_against_fused:
+        return f"the fast path cannot: {shape.reason_against_fused}"
+    if shape.window is not None and shape.window < longest:
+        return f"documents may be longer than the attention window of {shape.window}"
+    if adapter is None:
+        return None
+    if adapter.lora_dropout:
+        return "the fast path has no adapter dropout"
+    if adapter.bias != "none" or not set(adapter.selected_modules()) <= set(LORA_TARGETS):
+        return "the adapter trains more than the fast path knows"
+    return None
+
+
+def _fits(least: Estimate, memory: int, rough: bool) -> bool:
+    return least.of_card <= memory * (ROUGH if rough else 1)
+
+
+def _seconds(config: RunConfig, plan: Plan, rate: float) -> float | None:
+    """Of all steps; None where their number is not known."""
+    row = config.opensloth.fast_model_args.max_seq_length
+    if plan.data is not None and plan.steps is not None:
+        of_epoch = plan.data.rows * plan.data.row_fill * row / plan.shape.world
+        return plan.steps.total_steps / plan.steps.steps_per_epoch * of_epoch / rate
+    if config.training.max_steps > 0:
+        return config.training.max_steps * plan.shape.per_device * plan.shape.accumulation * row / rate
+    return None
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+def _parts(found: Estimate) -> str:
+    """Where the memory goes."""
+    work = f"the loss at work {_gib(found.loss)}"
+    if found.layer > found.loss:
+        work = f"a layer at work {_gib(found.layer)}"
+    return (
+        f"weights {_gib(found.weights)}, trained with gradient and moments {_gib(found.trained)}, "
+        f"kept {_gib(found.kept)}, {work}, CUDA and the rest {_gib(found.other + CONTEXT_BYTES)}"
+    )
+
+
+def _rounded(rate: float) -> int:
+    """Two digits: it is no better than that."""
+    digits = max(0, len(str(int(rate))) - 2)
+    return int(round(rate, -digits))
+
+
+def _choice_json(choice: tuple[Keep, Estimate]) -> dict[str, Any]:
+    keep, found = choice
+    return {"keeps": keep.value, "peak": found.peak, **asdict(found)}

@@ -1,0 +1,235 @@
+"""The arithmetic of memory, against what was measured on an H100 and against the tensors that the fast path makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from opensloth.fused import model as fused_model
+from opensloth.fused.keeping import roomiest
+from opensloth.fused.model import FusedModel
+from opensloth.fused.support import reason_against_model
+from opensloth.memory_estimate import (
+    GIB,
+    LOGITS_BYTES,
+    MLP_BYTES,
+    SCARCITY,
+    Batch,
+    Estimate,
+    Keep,
+    Method,
+    estimate,
+    part_of_mlp,
+    to_come,
+    trained_parameters,
+)
+from opensloth.model import base_of
+from opensloth.model_shape import ModelShape
+from opensloth.opensloth_config import LORA_TARGETS
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+QWEN = {
+    "0.5b": dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+LORA = Method(8, LORA_TARGETS, 16, 8, fused=True)
+FULL = Method(0, (), 16, 8, fused=True)
+
+
+def qwen(size: str) -> ModelShape:
+    return ModelShape.from_config({"model_type": "qwen2", **QWEN[size]})
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("7b", 7_615_616_512)]
+)
+def test_parameters_of_published_models(size: str, parameters: int) -> None:
+    assert qwen(size).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "rows", "row", "targets", "keep", "gib"),
+    [
+        ("0.5b", LORA, 2, 4096, 1.0, Keep.ALL, 8.8),
+        ("0.5b", LORA, 2, 4096, 0.4, Keep.ALL, 7.8),
+        ("0.5b", LORA, 2, 4096, 1.0, Keep.ATTENTION, 3.9),
+        ("0.5b", LORA, 2, 4096, 1.0, Keep.INPUTS, 2.5),
+        ("0.5b", LORA, 2, 4096, 1.0, Keep.HOST, 1.7),
+        ("0.5b", LORA, 8, 4096, 1.0, Keep.ALL, 26.0),
+        ("0.5b", LORA, 1, 16_384, 1.0, Keep.ALL, 14.5),
+        ("0.5b", FULL, 2, 4096, 1.0, Keep.INPUTS, 9.8),
+        ("0.5b", FULL, 2, 4096, 1.0, Keep.ALL, 16.1),
+        ("7b", LORA, 2, 4096, 1.0, Keep.ALL, 42.8),
+        ("7b", LORA, 2, 4096, 1.0, Keep.INPUTS, 17.5),
+        ("7b", LORA, 2, 4096, 1.0, Keep.HOST, 15.5),
+    ],
+)
+def test_within_ten_percent_of_what_was_measured(
+    size: str, method: Method, rows: int, row: int, targets: float, keep: Keep, gib: float
+) -> None:
+    """torch.cuda.max_memory_allocated on an H100, docs/performance.md: fused AdamW, bfloat16.
+
+    The code that was measured still held a part of the logits while it made the next one, where there was more than
+    one; it no longer does, so the prediction for today is less by that part.
+    """
+    found = estimate(qwen(size), method, Batch(rows * row, round(rows * row * targets)), keep)
+    assert with_second_part_of_logits(found, size, rows * row * targets, keep) / GIB == pytest.approx(gib, rel=0.1)
+
+
+def with_second_part_of_logits(found: Estimate, size: str, targets: float, keep: Keep) -> int:
+    part = LOGITS_BYTES // SCARCITY[keep]
+    second = part if 2 * qwen(size).vocabulary * targets > part else 0
+    return dataclasses.replace(found, loss=found.loss + second).peak
+
+
+def test_constants_are_those_of_the_code() -> None:
+    assert (LOGITS_BYTES, MLP_BYTES) == (fused_model.LOGITS_BYTES, fused_model.MLP_BYTES)
+
+
+@pytest.mark.parametrize("keep", Keep)
+def test_parts_are_those_of_the_code(keep: Keep) -> None:
+    base = tiny_model("llama")
+    fused = FusedModel(base, keep=keep)
+    shape = shape_of(base)
+    assert fused._logits_bytes == LOGITS_BYTES // SCARCITY[keep]
+    assert fused._layers[0]._chunk >= part_of_mlp(shape, 10_000_000, Keep.HOST)
+    assert keep is Keep.ALL or fused._layers[0]._chunk == part_of_mlp(shape, 10_000_000_000, keep)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.ATTENTION, Keep.INPUTS])
+def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keep: Keep) -> None:
+    """In bfloat16 on the CPU, tensor by tensor."""
+    base = tiny_model(family)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"))
+    fused = FusedModel(base_of(adapted), keep=keep)
+    tokens = 64
+    x = torch.zeros(tokens, base.config.hidden_size, dtype=torch.bfloat16)
+    offsets = torch.tensor([0, tokens])
+    tiles = torch.tensor([[0, 0, tokens]], dtype=torch.int32)
+    angles = torch.ones(tokens, base.config.head_dim // 2)
+    documents = fused_model.Documents(offsets.tolist(), tiles, angles, angles)
+    kept = []
+    for layer in fused._layers:
+        x, of_layer = layer.forward(x, documents)
+        kept.append(of_layer)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for one in kept for t in tensors_in(one)}
+    method = Method(8, LORA_TARGETS, 16, 8, fused=True)
+    expected = estimate(shape_of(base), method, Batch(tokens, tokens), keep).kept
+    assert sum(storages.values()) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_what_is_trained_are_those_of_the_model(family: str) -> None:
+    base = tiny_model(family)
+    shape = shape_of(base)
+    assert shape.parameters == sum(p.numel() for p in base.parameters())
+    loaded = sum(p.numel() * p.element_size() for p in base.parameters())
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    method = Method(8, ("q_proj", "down_proj"), 16, 8, fused=True)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained_parameters(shape, method) == trained
+    fused = FusedModel(base_of(adapted), keep=Keep.ALL)
+    buffers = sum(p._buffer.numel() * p._buffer.element_size() for p in fused._projections)
+    taken_over = 2 * shape.linear
+    found = estimate(shape, method, Batch(8, 8), Keep.ALL)
+    assert found.weights == loaded - taken_over + buffers
+    assert to_come(shape, method) == trained * (4 + 8) + buffers - taken_over
+
+
+@pytest.mark.parametrize("family", sorted(set(tiny.CONFIGS) & {*FAMILIES, "gemma", "gemma2", "mixtral", "gpt2"}))
+@pytest.mark.parametrize(
+    "change", [{}, {"hidden_act": "gelu"}, {"attention_dropout": 0.1}, {"attention_bias": True}, {"head_dim": 128}]
+)
+def test_the_fast_path_is_foreseen(family: str, change: dict[str, Any]) -> None:
+    """From the configuration alone, with the reason that the loaded model would give."""
+    config = tiny.CONFIGS[family]()
+    for key, value in change.items():
+        setattr(config, key, value)
+    try:
+        found = ModelShape.from_config(config.to_dict()).reason_against_fused
+    except ValueError:
+        assert family in ("mixtral", "gpt2")
+        return
+    model = torch.nn.Module()
+    model.config = config  # type: ignore[assignment]
+    assert found == reason_against_model(model, longest_document=8)  # a window of 8 is looked at elsewhere
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "no usable hidden_size"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "qwen2_vl", "text_config": {}}, "more than a language model"),
+        (QWEN["7b"] | {"num_hidden_layers": "28"}, "no usable num_hidden_layers"),
+        (QWEN["7b"] | {"quantization_config": {"quant_method": "gptq"}}, "quantised in a way"),
+    ],
+)
+def test_sizes_that_cannot_be_told(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ModelShape.from_config(config)
+
+
+def test_four_bits_take_a_quarter_and_one_layer_whole() -> None:
+    whole, four = (
+        estimate(qwen("7b"), dataclasses.replace(LORA, bits=bits), Batch(8192, 8192), Keep.HOST).weights
+        for bits in (16, 4)
+    )
+    shape = qwen("7b")
+    assert whole - four == pytest.approx((2 - 0.516) * shape.linear - 2 * shape.layer_linear, rel=0.001)
+
+
+def test_more_never_takes_less() -> None:
+    for size in QWEN:
+        for method in (LORA, FULL, dataclasses.replace(LORA, fused=False)):
+            sizes = [estimate(qwen(size), method, Batch(n, n), Keep.ALL).peak for n in (1024, 4096, 65_536)]
+            assert sizes == sorted(sizes)
+    peaks = [estimate(qwen("7b"), LORA, Batch(8192, 8192), keep).peak for keep in Keep]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_what_is_kept_is_as_much_as_fits() -> None:
+    """7B in 16 bits, two rows: what is free when the weights have been loaded."""
+    config = tiny.CONFIGS["qwen2"]()
+    for key, value in QWEN["7b"].items():
+        setattr(config, key, value)
+    kept = [roomiest(config, 8192, gib * GIB, rank=8) for gib in (64, 20, 4, 1)]
+    assert kept == [Keep.ALL, Keep.ATTENTION, Keep.INPUTS, Keep.HOST]
+    assert roomiest(config, 8192, 64 * GIB, rank=0) is Keep.HOST, "moments of every weight do not leave room"
+
+
+def tiny_model(family: str) -> Any:
+    config = tiny.CONFIGS[family]()
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 768, 64
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    return getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).requires_grad_(False)
+
+
+def shape_of(model: Any) -> ModelShape:
+    return ModelShape.from_config(model.config.to_dict())
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
