@@ -12,7 +12,7 @@ EXTRAS ?= train
 BASE_IMAGE ?=
 BUILDER = $(if $(shell docker info >/dev/null 2>&1 && echo yes),docker build,BUILDAH_ISOLATION=chroot buildah bud --layers)
 
-.PHONY: demo test test-slow lint e2e bench image lock install clean
+.PHONY: demo test test-slow test-gpu lint e2e bench image lock install clean
 
 demo: $(INSTALLED) ## install, then teach a small model a task and show it before and after
 	$(BIN)/python examples/quickstart/run.py
@@ -22,6 +22,9 @@ test: $(INSTALLED) ## install, then run the fast tests
 
 test-slow: $(INSTALLED) ## the tests that train real models, kill processes and time commands
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 900 -o addopts="--import-mode=importlib --strict-markers -ra"
+
+test-gpu: $(INSTALLED) ## the tests that need a CUDA device; some need two, or bitsandbytes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m gpu --timeout 600 -o addopts="--import-mode=importlib --strict-markers -ra"
 
 lint: $(INSTALLED) ## style, types, import contracts
 	$(BIN)/ruff check .

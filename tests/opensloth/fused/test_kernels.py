@@ -10,7 +10,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +24,42 @@ from opensloth.fused import operations
 from opensloth.fused.operations import Documents, Heads
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-kernel = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, which a test of this file starts")
-BOUND = 2e-6
+DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+BOUND = 2e-6 if INTERPRETED else 5e-3
+ATTENTION_BOUND = 2e-6 if INTERPRETED else 1e-2
+"""Weights and their gradients are rounded to 16 bits on the way."""
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    at_most("a kernel computes what plain torch does", float((found - expected).norm() / expected.norm()), BOUND)
+def kernel(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of a kernel: in the interpreter, which a test of this file starts, or else on a GPU."""
+    if INTERPRETED:
+        return test
+    there = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+    return pytest.mark.gpu(there(test))
+
+
+def sizes(small: Any, real: Any) -> Any:
+    """Those that are bearable for the interpreter, or a 0.5B model's."""
+    return small if INTERPRETED else real
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Where and in what kernels compute."""
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def sevens(*shape: int) -> Tensor:
+    return torch.full(shape, 7.0, device=DEVICE, dtype=DTYPE)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same values for plain torch."""
+    return tensor.cpu().float().clone()
+
+
+def close(found: Tensor, expected: Tensor, bound: float = BOUND) -> None:
+    off = float((plain(found) - expected).norm() / expected.norm())
+    at_most(f"a kernel computes what plain torch does, {DTYPE}", off, bound)
 
 
 @pytest.mark.slow
@@ -44,13 +76,16 @@ def test_all_kernels_compute_what_plain_torch_does() -> None:
 def where(lengths: list[int]) -> Documents:
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     nothing = torch.empty(0)
-    return Documents(offsets.tolist(), torch.from_numpy(operations.tiles_of(offsets)), nothing, nothing)
+    return Documents(offsets.tolist(), torch.from_numpy(operations.tiles_of(offsets)).to(DEVICE), nothing, nothing)
 
 
 @kernel
 @pytest.mark.parametrize(
     ("heads", "size", "lengths"),
-    [(Heads(4, 2, 0.25), 16, [70, 1, 64, 130, 9]), (Heads(3, 3, 0.3), 32, [200, 3])],
+    sizes(
+        [(Heads(4, 2, 0.25), 16, [70, 1, 64, 130, 9]), (Heads(3, 3, 0.3), 32, [200, 3])],
+        [(Heads(14, 2, 0.125), 64, [350, 1, 64, 130, 9, 900, 63]), (Heads(8, 8, 0.088), 128, [1200, 3, 65])],
+    ),
     ids=["grouped", "alone"],
 )
 def test_attention(heads: Heads, size: int, lengths: list[int]) -> None:
@@ -58,32 +93,34 @@ def test_attention(heads: Heads, size: int, lengths: list[int]) -> None:
 
     torch.manual_seed(0)
     documents, tokens, width = where(lengths), sum(lengths), heads.query * size
-    qkv = torch.randn(tokens, width + 2 * heads.key_value * size)
-    expected, found = torch.empty(tokens, width), torch.full((tokens, width + 8), 7.0)
-    expected_lse = operations.attention(qkv, documents, heads, expected)
-    lse = torch.full_like(expected_lse, float("nan"))
+    qkv = random(tokens, width + 2 * heads.key_value * size)
+    expected, found = torch.empty(tokens, width), sevens(tokens, width + 16)
+    expected_lse = operations.attention(plain(qkv), documents, heads, expected)
+    lse = torch.full_like(expected_lse, float("nan"), device=DEVICE)
     attention.forward(qkv, documents.tiles, heads, found[:, :width], lse)
-    close(found[:, :width], expected)
+    close(found[:, :width], expected, ATTENTION_BOUND)
     close(lse, expected_lse)
-    grad = torch.randn(tokens, width)
-    expected_d, found_d = torch.empty_like(qkv), torch.full((tokens, qkv.shape[1] + 8), 7.0)
-    operations.attention_backward(grad, qkv, expected, expected_lse, documents, heads, expected_d)
-    attention.backward(grad, qkv, found[:, :width], lse, documents.tiles, heads, found_d[:, :-8])
-    close(found_d[:, :-8], expected_d)
-    assert bool((found[:, width:] == 7).all() & (found_d[:, -8:] == 7).all()), "wrote beside its place"
+    grad = random(tokens, width)
+    expected_d, found_d = torch.empty(qkv.shape), sevens(tokens, qkv.shape[1] + 16)
+    operations.attention_backward(plain(grad), plain(qkv), expected, expected_lse, documents, heads, expected_d)
+    attention.backward(grad, qkv, found[:, :width], lse, documents.tiles, heads, found_d[:, :-16])
+    close(found_d[:, :-16], expected_d, ATTENTION_BOUND)
+    assert bool((found[:, width:] == 7).all() & (found_d[:, -16:] == 7).all()), "wrote beside its place"
 
 
 @kernel
 def test_rotation() -> None:
     from opensloth.fused.kernels import elementwise
 
-    x, cos, sin = torch.randn(33, 7 * 32), torch.randn(33, 16), torch.randn(33, 16)
+    tokens, heads, half = sizes((33, 7, 16), (2048, 18, 32))
+    turned = heads - 2
+    x, cos, sin = random(tokens, heads * 2 * half), *(random(tokens, half, dtype=torch.float32) for _ in range(2))
     for inverse in (False, True):
-        expected, found = x.clone(), x.clone()
-        operations.rotate(expected, cos, sin, 5, inverse=inverse)
-        elementwise.rotate(found, cos, sin, 5, inverse=inverse)
+        expected, found = plain(x), x.clone()
+        operations.rotate(expected, plain(cos), plain(sin), turned, inverse=inverse)
+        elementwise.rotate(found, cos, sin, turned, inverse=inverse)
         close(found, expected)
-        assert torch.equal(found[:, 5 * 32 :], x[:, 5 * 32 :])
+        assert torch.equal(found[:, turned * 2 * half :], x[:, turned * 2 * half :])
 
 
 @kernel
@@ -91,18 +128,22 @@ def test_rotation() -> None:
 def test_rms_norm(beside: bool) -> None:
     from opensloth.fused.kernels import elementwise
 
-    x, weight, grad = torch.randn(137, 56), torch.randn(56), torch.randn(137, 56)
-    residual = torch.randn(137, 64)[:, :56] if beside else None
-    expected, found, rstd = torch.empty(137, 56), torch.empty(137, 64)[:, :56], torch.empty(137)
-    expected_rstd = operations.rms_norm(x, weight, 1e-6, expected)
-    elementwise.rms_norm(x, weight, 1e-6, found, rstd)
-    close(found, expected)
+    tokens, width = sizes((137, 56), (2048, 896))
+    x, weight, grad = random(tokens, width), random(width), random(tokens, width)
+    residual = random(tokens, width + 16)[:, :width] if beside else None
+    expected, rstd = torch.empty(tokens, width), torch.empty(tokens, device=DEVICE)
+    found = sevens(tokens, width + 16)
+    expected_rstd = operations.rms_norm(plain(x), plain(weight), 1e-6, expected)
+    elementwise.rms_norm(x, weight, 1e-6, found[:, :width], rstd)
+    close(found[:, :width], expected)
     close(rstd, expected_rstd)
-    operations.rms_norm_backward(grad, x, weight, rstd, residual, expected)
-    elementwise.rms_norm_backward(grad, x, weight, rstd, residual, found)
-    close(found, expected)
-    of_weight = torch.zeros(56)
-    operations.add_norm_gradient(grad, x, rstd, of_weight)
+    given = (plain(grad), plain(x), plain(weight), expected_rstd, plain(residual) if residual is not None else None)
+    operations.rms_norm_backward(*given, expected)
+    elementwise.rms_norm_backward(grad, x, weight, rstd, residual, found[:, :width])
+    close(found[:, :width], expected)
+    assert bool((found[:, width:] == 7).all()), "wrote beside its place"
+    of_weight = torch.zeros(width)
+    operations.add_norm_gradient(plain(grad), plain(x), expected_rstd, of_weight)
     close(elementwise.norm_gradient(grad, x, rstd).sum(0), of_weight)
 
 
@@ -110,18 +151,21 @@ def test_rms_norm(beside: bool) -> None:
 def test_norm_of_heads_and_rotation() -> None:
     from opensloth.fused.kernels import elementwise
 
-    heads, tokens, half = Heads(5, 2, 1.0), 19, 16
-    documents = Documents([0, tokens], torch.empty(0), torch.randn(tokens, half), torch.randn(tokens, half))
-    qkv, weights = torch.randn(tokens, 9 * 2 * half), (torch.randn(2 * half), torch.randn(2 * half))
-    expected, found, rstd = torch.empty_like(qkv), qkv.clone(), torch.empty(tokens, 7)
-    expected_rstd = operations.norm_rotate(qkv, weights, 1e-6, documents, heads, expected)
-    elementwise.norm_rotate(qkv, weights, 1e-6, documents.cos, documents.sin, 5, found, rstd)
+    heads, tokens, half = sizes((Heads(5, 2, 1.0), 19, 16), (Heads(16, 8, 1.0), 2048, 64))
+    normed, width = heads.query + heads.key_value, (heads.query + 2 * heads.key_value) * 2 * half
+    cos, sin = (random(tokens, half, dtype=torch.float32) for _ in range(2))
+    documents = Documents([0, tokens], torch.empty(0), plain(cos), plain(sin))
+    qkv, weights = random(tokens, width), (random(2 * half), random(2 * half))
+    plain_weights = (plain(weights[0]), plain(weights[1]))
+    expected, found, rstd = torch.empty(tokens, width), qkv.clone(), torch.empty(tokens, normed, device=DEVICE)
+    expected_rstd = operations.norm_rotate(plain(qkv), plain_weights, 1e-6, documents, heads, expected)
+    elementwise.norm_rotate(qkv, weights, 1e-6, cos, sin, heads.query, found, rstd)
     close(found, expected)
     close(rstd, expected_rstd)
-    expected = torch.randn(tokens, 9 * 2 * half + 8)
-    found = expected.clone()
-    operations.norm_rotate_backward(expected[:, :-8], qkv, weights, rstd, documents, heads)
-    elementwise.norm_rotate_backward(found[:, :-8], qkv, weights, documents.cos, documents.sin, 5, rstd)
+    found = random(tokens, width + 16)
+    expected = plain(found)
+    operations.norm_rotate_backward(expected[:, :-16], plain(qkv), plain_weights, expected_rstd, documents, heads)
+    elementwise.norm_rotate_backward(found[:, :-16], qkv, weights, cos, sin, heads.query, rstd)
     close(found, expected)
 
 
@@ -129,13 +173,15 @@ def test_norm_of_heads_and_rotation() -> None:
 def test_swiglu() -> None:
     from opensloth.fused.kernels import elementwise
 
-    gate_up, grad = torch.randn(9, 3000), torch.randn(9, 1500)
-    expected, found = torch.empty(9, 1500), torch.empty(9, 1508)[:, :1500]
-    operations.swiglu(gate_up, expected)
+    tokens, width = sizes((9, 1500), (2048, 4864))
+    gate_up, grad = random(tokens, 2 * width), random(tokens, width)
+    expected, found = torch.empty(tokens, width), random(tokens, width + 16)[:, :width]
+    operations.swiglu(plain(gate_up), expected)
     elementwise.swiglu(gate_up, found)
     close(found, expected)
-    expected_d, found_d, again = torch.empty(9, 3000), torch.empty(9, 3008)[:, :3000], torch.empty(9, 1500)
-    operations.swiglu_backward(grad, gate_up, expected_d, torch.empty(9, 1500))
+    expected_d, again = torch.empty(tokens, 2 * width), torch.empty_like(grad)
+    found_d = random(tokens, 2 * width + 16)[:, : 2 * width]
+    operations.swiglu_backward(plain(grad), plain(gate_up), expected_d, torch.empty(tokens, width))
     elementwise.swiglu_backward(grad, gate_up, found_d, again)
     close(found_d, expected_d)
     close(again, expected)
@@ -145,14 +191,14 @@ def test_swiglu() -> None:
 def test_cross_entropy() -> None:
     from opensloth.fused.kernels import cross_entropy
 
-    expected = torch.randn(11, 9000) * 3
-    found, targets, losses = expected.clone(), torch.randint(0, 9000, (11,)), torch.empty(11)
+    rows, vocabulary = sizes((11, 9000), (300, 151_936))
+    found, targets = random(rows, vocabulary) * 3, torch.randint(0, vocabulary, (rows,), device=DEVICE)
     targets[[3, 10]] = -100
-    scale = torch.tensor(0.3)
-    expected_losses = operations.cross_entropy_(expected, targets, scale)
+    expected, losses, scale = plain(found), torch.empty(rows, device=DEVICE), torch.tensor(0.3, device=DEVICE)
+    expected_losses = operations.cross_entropy_(expected, targets.cpu(), scale.cpu())
     cross_entropy.cross_entropy_(found, targets, scale, losses)
     assert bool((found[[3, 10]] == 0).all() & (losses[[3, 10]] == 0).all())
-    close(losses, expected_losses)
+    close(losses, expected_losses, 2e-6)
     close(found, expected)
 
 
@@ -160,14 +206,15 @@ def test_cross_entropy() -> None:
 def test_many_copies() -> None:
     from opensloth.fused.kernels import copy_table
 
-    source, found = torch.randn(24, 56), torch.zeros(70, 80)
+    source, found = random(24, 56, dtype=torch.float32), torch.zeros(70, 80, device=DEVICE, dtype=DTYPE)
     entries = [(source[3:9], found[5:11, 4:60], 2.0), (source[:, 3:20], found[20:44, 60:77], -1.0)]
     rows = [(a.data_ptr(), b.data_ptr(), *a.shape, a.stride(0), b.stride(0)) for a, b, _ in entries]
-    table, scales = torch.tensor(rows), torch.tensor([scale for *_, scale in entries])
+    table = torch.tensor(rows, device=DEVICE)
+    scales = torch.tensor([scale for *_, scale in entries], device=DEVICE)
     for add in (False, True):
         copy_table.copy(table, scales, source, found, 24 * 17, add=add)
     expected = torch.zeros(70, 80)
-    expected[5:11, 4:60], expected[20:44, 60:77] = source[3:9] * 4, source[:, 3:20] * -2
+    expected[5:11, 4:60], expected[20:44, 60:77] = plain(source)[3:9] * 4, plain(source)[:, 3:20] * -2
     close(found, expected)
 
 
@@ -175,16 +222,16 @@ def test_many_copies() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_weights_in_four_bits(nested: bool) -> None:
     """Blocks of 64 values reach over the ends of rows; their scales are quantised themselves, or not."""
-    from bitsandbytes.functional import quantize_4bit
-
+    functional = pytest.importorskip("bitsandbytes.functional")
     from opensloth.fused.kernels import dequantise
 
-    weight = torch.randn(300, 72)
-    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
-    four_bit = operations.FourBit(packed, state)
-    expected, found = torch.empty(300, 72), torch.full((300, 80), 7.0)
-    operations.dequantise(four_bit, expected)
-    dequantise.dequantise(four_bit, found[:, :72])
-    close(found[:, :72], expected)
-    assert bool((found[:, 72:] == 7).all()), "wrote beside its place"
+    rows, columns = sizes((300, 72), (4864, 904))
+    weight = torch.randn(rows, columns)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    expected, found = torch.empty(rows, columns), sevens(rows, columns + 8)
+    operations.dequantise(operations.FourBit(packed, state), expected)
+    state.to(DEVICE)
+    dequantise.dequantise(operations.FourBit(packed.to(DEVICE), state), found[:, :columns])
+    close(found[:, :columns], expected)
+    assert bool((found[:, columns:] == 7).all()), "wrote beside its place"
     assert 0 < (expected - weight).norm() / weight.norm() < 0.12

@@ -1,0 +1,110 @@
+"""The fast path on the GPU, in bfloat16, against single documents in float32 that attend eagerly, by autograd."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gate
+import packing
+import pytest
+import shapes
+import torch
+from cards import CUDA, DEVICE, NEEDS_GPU
+from measured import at_most
+from torch import Tensor
+
+from opensloth.data.batch import Batch
+from opensloth.fused.keeping import Keep
+from opensloth.fused.model import FusedModel
+from opensloth.model import base_of
+from opensloth.step import Objective
+
+pytestmark = NEEDS_GPU
+CLAIM = "the fast path on a GPU, bfloat16, against float32 alone"
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+trained_ways = pytest.mark.parametrize(
+    "trained",
+    [
+        shapes.ADAPTER,
+        shapes.WHOLE,
+        pytest.param(
+            shapes.FOUR_BITS, marks=pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is missing")
+        ),
+    ],
+)
+
+
+@functools.cache
+def expected(kind: str, trained: str) -> tuple[float, int, dict[str, Tensor]]:
+    """(sum of losses, targets, gradient of their mean)."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = shapes.made(kind, trained, DEVICE, Path(folder))
+        model = shapes.in_float32(made, kind, trained, DEVICE, Path(folder))
+    batches = [batch for batch in packing.alone(shapes.documents()) if len(batch.targets)]
+    count, objective = sum(len(batch.targets) for batch in batches), Objective(model, autocast=None)
+    loss = sum(objective.accumulate(batch, count).item() for batch in batches)
+    return loss, count, gate.gradients(model)
+
+
+def step(fused: FusedModel, model: Any, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    fused.begin_step()
+    loss = fused.accumulate(batch, 1 / count)
+    return loss, gate.gradients(model)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@trained_ways
+@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("kind", shapes.CONFIGS)
+def test_loss_and_gradient(kind: str, keep: Keep, trained: str, tmp_path: Path) -> None:
+    """The first batch of a shape is launched kernel by kernel, the second captured, the third replayed: equal bits."""
+    loss, count, gradient = expected(kind, trained)
+    model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
+    fused = FusedModel(base_of(model), keep=keep, chunk=500)
+    first, found = step(fused, model, batch, count)
+    at_most(f"{CLAIM}: loss", abs(first.item() / loss - 1), 1e-3)
+    gate.require(CLAIM, found, gradient)
+    for _ in range(2):
+        again, found_again = step(fused, model, batch, count)
+        assert torch.equal(again, first)
+        assert same_bits(found_again, found)
+    assert len(fused._graphs._captured) == int(CUDA)
+
+
+@trained_ways
+def test_a_replay_takes_the_new_documents(trained: str, tmp_path: Path) -> None:
+    """Two batches of one shape by turns, as each of them is computed without a graph."""
+    made = functools.partial(shapes.made, "qwen2", trained, DEVICE)
+    batches = [packing.packed(shapes.documents(seed=seed)) for seed in (1, 2)]
+    without = []
+    for i, batch in enumerate(batches):
+        model = made(scratch(tmp_path, f"alone-{i}"))
+        without.append(step(FusedModel(base_of(model), keep=Keep.ALL), model, batch, 1000)[1])
+    model = made(scratch(tmp_path, "together"))
+    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    for turn in range(6):
+        assert same_bits(step(fused, model, batches[turn % 2], 1000)[1], without[turn % 2])
+    assert not same_bits(*without)
+
+
+def scratch(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder / name
+
+
+@pytest.mark.parametrize("trained", [shapes.ADAPTER, shapes.WHOLE])
+@pytest.mark.parametrize("kind", shapes.CONFIGS)
+@pytest.mark.parametrize("mutation", packing.LEAKS.values(), ids=packing.LEAKS)
+def test_the_gate_sees_a_leak(mutation: Callable[[Batch], Batch], kind: str, trained: str, tmp_path: Path) -> None:
+    _, count, gradient = expected(kind, trained)
+    model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
+    _, found = step(FusedModel(base_of(model), keep=Keep.ALL), model, mutation(batch), count)
+    assert not gate.passes(found, gradient)

@@ -1,0 +1,47 @@
+"""The gate: a gradient in 16 bits is that of single documents in float32, to a cosine and a norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from measured import at_least, at_most
+from torch import Tensor
+
+COSINE, NORM = 0.999, 0.01
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def agreement(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
+    """(cosine, norm of found / norm of expected) of the whole gradients."""
+    assert found.keys() == expected.keys()
+    pairs = [(found[name].double(), expected[name].double()) for name in expected]
+    dot = sum(float((one * other).sum()) for one, other in pairs)
+    one, other = (sum(float(pair[i].square().sum()) for pair in pairs) ** 0.5 for i in (0, 1))
+    return dot / (one * other), one / other
+
+
+def passes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    cosine, norm = agreement(found, expected)
+    return cosine > COSINE and abs(norm - 1) < NORM
+
+
+def require(claim: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fail unless the gradients agree, whole and tensor by tensor."""
+    cosine, norm = agreement(found, expected)
+    at_least(f"{claim}: cosine of the gradient", cosine, COSINE)
+    at_most(f"{claim}: norm of the gradient", abs(norm - 1), NORM)
+    at_most(f"{claim}: farthest tensor of the gradient", max(distances(found, expected).values()), FARTHEST)
+
+
+FARTHEST = 0.3
+"""Relative L2 distance of one tensor, which the whole may hide."""
+
+
+def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of the tensors that carry more than a thousandth of the gradient's norm."""
+    sizes = {name: float(gradient.norm()) for name, gradient in expected.items()}
+    least = 1e-3 * sum(size**2 for size in sizes.values()) ** 0.5
+    return {n: float((found[n] - expected[n]).norm()) / sizes[n] for n in expected if sizes[n] > least}
