@@ -61,10 +61,6 @@ class ModelShape:
         )
 
     @property
-    def is_exact(self) -> bool:
-        return self.family in EXACT
-
-    @property
     def attended(self) -> int:
         """Width of all query heads."""
         return self.heads * self.head

@@ -35,13 +35,15 @@ _RECOMPUTE: Final = "opensloth.fast_model_args.use_gradient_checkpointing"
 class Prediction:
     """expected: what the run will keep for the backward pass, and what that takes. smallest: the least it can do with.
 
-    why_not_fused: None on the fast path. is_rough: an estimate of plain torch, or of a family that is not known.
-    may_refuse: whether it is good enough to turn a run down. tokens_per_second: of one GPU. seconds: of all steps.
+    why_not_fused: None on the fast path. is_rough: an estimate of plain torch, or of an adapter that is not known.
+    is_counted: whether the targets are. may_refuse: whether it is good enough to turn a run down.
+    tokens_per_second: of one GPU. seconds: of all steps. changes: what would make it fit, where it does not.
     """
 
     gpu: Gpu
     why_not_fused: str | None
     is_rough: bool
+    is_counted: bool
     may_refuse: bool
     expected: tuple[Keep, Estimate]
     smallest: tuple[Keep, Estimate]
@@ -67,8 +69,9 @@ class Prediction:
             f"does not fit: training takes {about}{_gib(least.of_card)} of GPU memory at least, and {name} has "
             f"{_gib(self.gpu.memory or 0)} ({self.gpu.source}); {_parts(least)}, keeping {keep.value}"
         )
-        ways = [*self.changes, f"a GPU with {_gib(least.of_card)} or more", "or submit it all the same with --force"]
-        return Problem("opensloth.fast_model_args.model_name", message, "; ".join(ways))
+        ways = "; or ".join([*self.changes, f"a GPU with {_gib(least.of_card)}"])
+        hint = f"what makes it fit: {ways}. --force submits it all the same"
+        return Problem("opensloth.fast_model_args.model_name", message, hint)
 
     def rows(self) -> list[tuple[str, str]]:
         """As lines of the plan."""
@@ -78,15 +81,18 @@ class Prediction:
         if self.gpu.memory is not None:
             line += f" of the {_gib(self.gpu.memory)} of {self.gpu.name or 'a GPU'} ({self.gpu.source})"
         line += f", keeping {keep.value} for the backward pass"
-        if self.smallest != self.expected:
-            line += f"; at least {_gib(self.smallest[1].of_card)}, keeping {self.smallest[0].value}"
         found = [("memory", line), ("", _parts(expected))]
+        least, smallest = self.smallest
+        if _gib(smallest.of_card) != _gib(expected.of_card):
+            found.append(("", f"at least {_gib(smallest.of_card)}, keeping {least.value}"))
+        if not self.is_counted and expected.loss > expected.layer:
+            found.append(("", "as if every token were a target, and at the least none: nobody has counted them yet"))
         if self.gpu.memory is None:
             found.append(("", "compared with no GPU: job.gpu_memory says what one has, as in 80Gi"))
         if self.why_not_fused:
             found.append(("", f"a rough estimate: plain torch trains this ({self.why_not_fused})"))
         elif self.is_rough:
-            found.append(("", "a rough estimate: the sizes of this model are not known exactly"))
+            found.append(("", "a rough estimate: the rank of pretrained_lora was not looked up"))
         if self.tokens_per_second:
             total = f", {human_duration(self.seconds)} for all steps" if self.seconds else ""
             found.append(("speed", f"about {_rounded(self.tokens_per_second):,} tokens/s on each GPU{total}"))
@@ -118,7 +124,7 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
     shape = ModelShape.from_config(model_config)
     case = _Case.of(config, shape, gpu, plan, quantises=quantises)
     expected, least = case.choose(gpu.memory), case.least
-    rough = not case.method.fused or not shape.is_exact or config.opensloth.pretrained_lora is not None
+    rough = not case.method.fused or config.opensloth.pretrained_lora is not None
     rate = case.rate(gpu, plan)
     changes: tuple[str, ...] = ()
     if gpu.memory is not None and not _fits(least, gpu.memory, rough):
@@ -127,6 +133,7 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
         gpu=gpu,
         why_not_fused=case.why_not_fused,
         is_rough=rough,
+        is_counted=plan.data is not None,
         may_refuse=config.opensloth.sequence_packing,
         expected=(expected, case.with_keep(expected)),
         smallest=(case.keeps[-1], least),
@@ -138,7 +145,11 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
 
 @dataclass(frozen=True)
 class _Case:
-    """One way to train; `rows` of them in a batch. keeps: that the file allows, the roomiest first."""
+    """One way to train.
+
+    keeps: that the file allows, the roomiest first. rows, row_tokens: of a batch. targets: their share of the tokens,
+    None where nobody has counted them.
+    """
 
     shape: ModelShape
     method: Method
@@ -146,7 +157,7 @@ class _Case:
     keeps: tuple[Keep, ...]
     rows: int
     row_tokens: int
-    targets: float
+    targets: float | None
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, gpu: Gpu, plan: Plan, *, quantises: bool) -> _Case:
@@ -162,17 +173,20 @@ class _Case:
             keeps=_keeps(config, fused=why is None),
             rows=rows,
             row_tokens=row,
-            targets=1.0 if data is None else min(1.0, data.target_tokens / (data.rows * row)),
+            targets=None if data is None else min(1.0, data.target_tokens / (data.rows * row)),
         )
 
     @property
     def batch(self) -> Batch:
+        """With as many targets as there may be."""
         tokens = self.rows * self.row_tokens
-        return Batch(tokens, round(tokens * self.targets))
+        return Batch(tokens, tokens if self.targets is None else round(tokens * self.targets))
 
     @property
     def least(self) -> Estimate:
-        return self.with_keep(self.keeps[-1])
+        """What the run cannot do without."""
+        batch = self.batch if self.targets is not None else Batch(self.batch.tokens, 0)
+        return estimate(self.shape, self.method, batch, self.keeps[-1])
 
     def with_keep(self, keep: Keep) -> Estimate:
         return estimate(self.shape, self.method, self.batch, keep)
@@ -314,13 +328,14 @@ def _gib(count: float) -> str:
 
 def _parts(found: Estimate) -> str:
     """Where the memory goes."""
-    work = f"the loss at work {_gib(found.loss)}"
-    if found.layer > found.loss:
-        work = f"a layer at work {_gib(found.layer)}"
-    return (
-        f"weights {_gib(found.weights)}, trained with gradient and moments {_gib(found.trained)}, "
-        f"kept {_gib(found.kept)}, {work}, CUDA and the rest {_gib(found.other + CONTEXT_BYTES)}"
-    )
+    parts = {
+        "weights": found.weights,
+        "trained weights and moments": found.trained,
+        "kept": found.kept,
+        "a layer at work" if found.layer > found.loss else "the loss at work": max(found.layer, found.loss),
+        "CUDA and the rest": found.other + CONTEXT_BYTES,
+    }
+    return ", ".join(f"{name}: {size / GIB:.1f}" for name, size in parts.items()) + " GiB"
 
 
 def _rounded(rate: float) -> int:

@@ -62,7 +62,7 @@ PLAN = {
 PREDICTION = {
     "gpu": "name, memory, from: who said so; null where nobody did",
     "fits": "null: there is nothing to compare with",
-    "rough": "whether it is an estimate of plain torch, or of a family whose sizes are not known exactly",
+    "rough": "whether it is an estimate of plain torch, or with an adapter that was not looked at",
     "why_not_fused": "why plain torch will train it; null: the fast path will",
     "context": "what CUDA takes before the first tensor, beside every peak",
     "expected": "what the run will keep for the backward pass on this GPU: keeps, and bytes: peak, weights, trained, "

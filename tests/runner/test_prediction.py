@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from qwen_shapes import QWEN
 from stand_in import Answer
 
 Oslo = Callable[..., Answer]
-QWEN_7B = {
-    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False,
-}  # fmt: skip
 H100 = "NVIDIA-H100-80GB-HBM3"
 
 
@@ -31,7 +28,7 @@ def write(sft: Path) -> Callable[..., Path]:
     """write(fast_model_args, lora, training, **job): the file of a 7B model, whose config.json lies beside it."""
     folder = sft.parent / "seven"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(QWEN_7B))
+    (folder / "config.json").write_text(json.dumps(QWEN["7b"]))
 
     def into_file(
         args: dict[str, Any] | None = None,
@@ -98,11 +95,11 @@ def test_the_plan_shows_memory_and_time(oslo: Oslo, write: Callable[..., Path]) 
     answer = oslo("validate", "--cluster", file)
     assert answer.code == 0, answer.err
     assert re.search(
-        rf"42\.\d GiB of the 79\.6 GiB of {H100} \(job\.node_selector\), keeping all for the backward pass; "
-        r"at least 1[56]\.\d GiB, keeping inputs in host memory",
+        rf"42\.\d GiB of the 79\.6 GiB of {H100} \(job\.node_selector\), keeping all for the backward pass$",
         line(answer, "memory"),
     )
-    assert "weights 14.3 GiB, trained with gradient and moments 0.2 GiB, kept 25.9 GiB" in answer.out
+    assert "weights: 14.3, trained weights and moments: 0.2, kept: 25.9, " in answer.out
+    assert re.search(r"at least 15\.\d GiB, keeping inputs in host memory", answer.out)
     # 300 steps of 8 rows of 4,096 at about 16,500 tokens a second.
     assert re.search(r"about 1[67],000 tokens/s on each GPU, 9m\d\ds for all steps", line(answer, "speed"))
 
@@ -132,15 +129,15 @@ def test_what_cannot_fit_is_a_problem_of_the_file(oslo: Oslo, write: Callable[..
     assert (answer.code, answer.out) == (2, "")
     assert "opensloth.fast_model_args.model_name: does not fit: training takes" in answer.err
     assert "and a GPU has 8.0 GiB (job.gpu_memory)" in answer.err
-    assert "--set opensloth.fast_model_args.load_in_4bit=true; a GPU with" in answer.err
+    assert "what makes it fit: --set opensloth.fast_model_args.load_in_4bit=true; or a GPU with" in answer.err
     (problem,) = oslo("validate", "--cluster", write(SIXTEEN_BITS, gpu_memory="8Gi"), "-o", "json").json()["problems"]
     assert problem["where"].startswith("sft.yaml:")
 
 
 def proposals(answer: Answer) -> list[list[str]]:
     """The options of each way that a refusal names."""
-    _, _, ways = answer.err.partition("keeping")
-    return [re.findall(r"--set \S+", way) for way in re.split(r"; ", ways) if "--set" in way]
+    _, _, ways = answer.err.partition("what makes it fit: ")
+    return [re.findall(r"--set [^\s;.]+(?:\.[^\s;.]+)*", way) for way in ways.split("; or ") if "--set" in way]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +202,7 @@ def test_plain_torch_is_a_rough_estimate_that_refuses_clear_cases_only(oslo: Osl
     assert found["why_not_fused"] == "the fast path has no adapter dropout"
     assert found["rough"] is True
     assert found["tokens_per_second"] is None
+    assert found["smallest"]["peak"] < found["expected"]["peak"], "targets are not counted: there may be few"
     takes = (found["smallest"]["peak"] + found["context"]) / (1 << 20)
     for share, code in ((1.1, 0), (1.3, 2)):
         file = write(SIXTEEN_BITS, lora=dropout, gpu_memory=f"{int(takes / share)}Mi")
