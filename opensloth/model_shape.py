@@ -122,7 +122,8 @@ def _check(config: Mapping[str, Any]) -> None:
         if type(value) is not int or value < 1:
             raise ValueError(f"its config.json has no usable {name}")
     for name in ("num_key_value_heads", "head_dim", "sliding_window"):
-        if type(config.get(name)) not in (int, type(None)):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"its config.json has no usable {name}")
 
 
@@ -136,9 +137,9 @@ def _bits(quantization: object) -> int:
 
 def _reason_against_fused(config: Mapping[str, Any], head: int) -> str | None:
     """As `opensloth.fused.support` says it of the model in memory."""
-    family, act = config.get("model_type"), config.get("hidden_act", "silu")
+    family, act = str(config.get("model_type")), str(config.get("hidden_act", "silu"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    kind = str(rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope)
     if family not in EXACT:
         return f"it does not know {family} models"
     if act != "silu":

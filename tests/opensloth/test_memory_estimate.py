@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from qwen_shapes import QWEN
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -40,6 +42,10 @@ from opensloth.opensloth_config import LORA_TARGETS
 
 DOC = Path(__file__).parents[2] / "docs" / "memory.md"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+OPTIONAL_KEYS = (
+    "head_dim", "sliding_window", "use_sliding_window", "hidden_act", "rope_scaling", "rope_parameters",
+    "attention_bias", "attention_dropout", "mlp_bias", "quantization_config", "num_experts", "text_config",
+)  # fmt: skip
 LORA = Method(8, LORA_TARGETS, 16, 8, fused=True)
 FULL = Method(0, (), 16, 8, fused=True)
 
@@ -180,6 +186,23 @@ def test_the_fast_path_is_foreseen(family: str, change: dict[str, Any]) -> None:
 def test_sizes_that_cannot_be_told(config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         ModelShape.from_config(config)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "type"]), inner),
+)
+
+
+@given(st.dictionaries(st.sampled_from([*QWEN["7b"], *OPTIONAL_KEYS]), JSON, min_size=1))
+def test_whatever_a_config_holds_there_is_an_estimate_or_a_reason(changes: dict[str, Any]) -> None:
+    try:
+        shape = ModelShape.from_config(QWEN["7b"] | changes)
+    except ValueError:
+        return
+    for method in (LORA, FULL, dataclasses.replace(LORA, fused=False, bits=4)):
+        for keep in Keep:
+            assert estimate(shape, method, Batch(8192, 8192), keep).peak > 0
 
 
 def test_four_bits_take_a_quarter_and_one_layer_whole() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,52 @@ def test_submit_refuses_and_gives_way_to_force(
     assert "submitted all the same: --force" in forced.err
     again = oslo("submit", file, "--local", steps=1)
     assert again.code == 0, "it has succeeded: nothing is started"
+
+
+class EmptyNamespace(BaseHTTPRequestHandler):
+    """An API server's answers where nothing is, not even a claim."""
+
+    asked_for: list[str]
+
+    def do_GET(self) -> None:
+        self.asked_for.append(self.path)
+        one = self.path.partition("?")[0].rpartition("/")[2] not in ("pytorchjobs", "pods", "events")
+        self._answer(404 if one else 200, {"kind": "Status", "code": 404} if one else {"items": []})
+
+    def _answer(self, code: int, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""
+
+
+@pytest.mark.enable_socket
+@pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning")  # the cluster's client
+def test_a_cluster_is_asked_for_nothing_that_cannot_fit(oslo: Oslo, write: Callable[..., Path], tmp_path: Path) -> None:
+    EmptyNamespace.asked_for = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyNamespace) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        kubeconfig = tmp_path / "kubeconfig"
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "oslo"}}
+        entries = {"clusters": [cluster], "contexts": [context], "users": [{"name": "u", "user": {}}]}
+        kubeconfig.write_text(yaml.safe_dump({"current-context": "c", **entries}))
+        file = write(SIXTEEN_BITS, gpu_memory="8Gi")
+        answer = oslo("submit", file, "--kubeconfig", kubeconfig)
+        assert (answer.code, answer.out) == (2, "")
+        assert "of the 8.0 GiB of a GPU (job.gpu_memory)" in line(answer, "memory")
+        assert "does not fit" in answer.err
+        assert not any("claims" in path for path in EmptyNamespace.asked_for), "it has not come to that"
+        forced = oslo("submit", file, "--kubeconfig", kubeconfig, "--force")
+        server.shutdown()
+    assert forced.code == 1, "there is no claim"
+    assert "submitted all the same: --force" in forced.err
+    assert any("claims" in path for path in EmptyNamespace.asked_for)
 
 
 def test_the_rest_is_started_without_a_word_of_warning(
