@@ -49,7 +49,7 @@ def _keep(model: nn.Module, args: FastModelArgs, tokens: int) -> Keep:
     """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" those in host memory."""
     asked = args.use_gradient_checkpointing
     if asked == "auto":
-        free, _ = torch.cuda.mem_get_info()
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
         return roomiest(base_of(model).config, tokens, free, rank=max(ranks, default=0))
     return {False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked]

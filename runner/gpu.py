@@ -17,6 +17,7 @@ from runner.spec import JobArgs
 PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
 MEMORY_LABEL: Final = "nvidia.com/gpu.memory"
 """What NVIDIA's feature discovery puts on nodes: the name with '-' for spaces, and MiB."""
+THIS_MACHINE: Final = "this machine"
 _MIB: Final = 1 << 20
 _SECONDS: Final = 10
 
@@ -101,4 +102,4 @@ def gpu_of_this_machine(environ: Mapping[str, str] = os.environ) -> Gpu | None:
     if not found:
         return None
     mib, name = min(found, key=lambda pair: int(pair[0]))
-    return Gpu(name, int(mib) * _MIB, "this machine")
+    return Gpu(name, int(mib) * _MIB, THIS_MACHINE)

@@ -13,7 +13,7 @@ from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
 from opensloth.speed_estimate import Step, tokens_per_second
-from runner.gpu import Gpu
+from runner.gpu import THIS_MACHINE, Gpu
 
 if TYPE_CHECKING:
     from runner.plan import Plan
@@ -70,7 +70,9 @@ class Prediction:
             f"{_gib(self.gpu.memory or 0)} ({self.gpu.source}); {_parts(least)}, keeping {keep.value}"
         )
         ways = "; or ".join([*self.changes, f"a GPU with {_gib(least.of_card)}"])
-        hint = f"what makes it fit: {ways}. --force submits it all the same"
+        hint = f"what makes it fit: {ways}. `submit --force` tries it all the same"
+        if self.gpu.source == THIS_MACHINE:
+            hint += "; `validate --cluster` looks at the cluster's GPUs"
         return Problem("opensloth.fast_model_args.model_name", message, hint)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -267,11 +269,14 @@ def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quan
     if not args.full_finetuning:
         asked = 4 if args.load_in_4bit and quantises else 8 if args.load_in_8bit and quantises else bits
         bits = min(asked, shape.bits if shape.bits < 16 else bits)
+    optimizer = config.training.optim
+    if not quantises and any(mark in optimizer for mark in ("8bit", "paged", "bnb")):
+        optimizer = "adamw_torch"  # as opensloth.hardware has it
     return Method(
         rank=0 if args.full_finetuning else adapter.r,
         targets=() if args.full_finetuning else tuple(adapter.selected_modules()),
         bits=bits,
-        moments=_MOMENTS.get(config.training.optim, 0),
+        moments=_MOMENTS.get(optimizer, 0),
         fused=fused,
     )
 

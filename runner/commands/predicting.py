@@ -31,7 +31,7 @@ def with_prediction(plan: Plan, loaded: LoadedFile, gpu: Gpu | None, *, here: bo
     if gpu is None:
         return plan
     args = loaded.run.opensloth.fast_model_args
-    quantises = not here or importlib.util.find_spec("bitsandbytes") is not None
+    quantises = not here or _has_bitsandbytes()
     try:
         model_config = read_model_config(args.model_name, args.revision, loaded.sources)
         return replace(plan, prediction=predict(loaded.run, model_config, gpu, plan, quantises=quantises))
@@ -47,3 +47,7 @@ def require_room(plan: Plan, loaded: LoadedFile, *, force: bool = False) -> None
     if not force:
         raise loaded.invalid(ConfigError([problem]))
     output.say(f"warning: {problem.message}\n  submitted all the same: --force")
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None

@@ -180,6 +180,7 @@ def test_the_fast_path_is_foreseen(family: str, change: dict[str, Any]) -> None:
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "qwen2_vl", "text_config": {}}, "more than a language model"),
         (QWEN["7b"] | {"num_hidden_layers": "28"}, "no usable num_hidden_layers"),
+        (QWEN["7b"] | {"head_dim": -128}, "no usable head_dim"),
         (QWEN["7b"] | {"quantization_config": {"quant_method": "gptq"}}, "quantised in a way"),
     ],
 )

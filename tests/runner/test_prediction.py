@@ -259,6 +259,21 @@ def test_plain_torch_is_a_rough_estimate_that_refuses_clear_cases_only(oslo: Osl
         assert "about" in (answer.out + answer.err)
 
 
+def test_defaults_that_give_way_here_are_counted_as_what_they_give_way_to(
+    oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without bitsandbytes neither weights in 4 bits nor moments in 8."""
+    local_gpu("183359, NVIDIA B200")
+    found = {}
+    for installed in (True, False):
+        monkeypatch.setattr("runner.commands.predicting._has_bitsandbytes", lambda there=installed: there)
+        for args in ({}, {"full_finetuning": True}):
+            plan = oslo("validate", write(args), "-o", "json").json()["plan"]
+            found[installed, bool(args)] = plan["prediction"]["smallest"]
+    assert found[True, False]["weights"] < found[False, False]["weights"] / 2
+    assert found[False, True]["trained"] == found[True, True]["trained"] * 20 // 10
+
+
 def test_unpacked_rows_are_never_refused(oslo: Oslo, write: Callable[..., Path]) -> None:
     """They are as long as their documents, which nobody has counted."""
     file = write(SIXTEEN_BITS, gpu_memory="1Gi")
