@@ -142,11 +142,9 @@ def trained_parameters(shape: ModelShape, method: Method) -> int:
     return shape.layers * method.rank * sum(sum(sizes[name]) for name in method.targets if name in sizes)
 
 
-def part_of_mlp(shape: ModelShape, tokens: int, keep: Keep) -> int:
-    """Tokens that the fast path sends through an MLP at a time, on the way back."""
-    if keep is Keep.ALL:
-        return tokens
-    return min(tokens, max(1024, MLP_BYTES // SCARCITY[keep] // (12 * shape.intermediate) // 1024 * 1024))
+def mlp_part(intermediate: int, keep: Keep) -> int:
+    """Tokens that the fast path sends through an MLP at a time where it is computed again."""
+    return max(1024, MLP_BYTES // SCARCITY[keep] // (12 * intermediate) // 1024 * 1024)
 
 
 def added_weights(shape: ModelShape, method: Method) -> int:
@@ -199,7 +197,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) 
         Keep.INPUTS: shape.layers * of_input,
         Keep.HOST: 3 * of_input,  # two on their way to the host, one on its way back
     }[keep]
-    part = part_of_mlp(shape, tokens, keep)
+    part = tokens if keep is Keep.ALL else min(tokens, mlp_part(inner, keep))
     again = {Keep.ALL: 0, Keep.ATTENTION: 0}.get(keep, attended) * tokens
     again_mlp = 0 if keep is Keep.ALL else expanded * part
     mlp = again_mlp + _HALF * (4 * inner + width) * part

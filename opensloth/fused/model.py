@@ -11,16 +11,11 @@ from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of
-from opensloth.fused.keeping import Keep
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Shared, gradient_of
-
-LOGITS_BYTES = 1 << 30
-"""Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
-MLP_BYTES = 1 << 30
-"""Room for what an MLP makes and its gradients, where they are made in parts: about 12 bytes a token and column."""
+from opensloth.memory_estimate import LOGITS_BYTES, SCARCITY, Keep, mlp_part
 
 
 class FusedModel:
@@ -31,7 +26,7 @@ class FusedModel:
     """
 
     def __init__(self, base: Any, *, keep: Keep, chunk: int | None = None) -> None:
-        """chunk: tokens of an MLP at a time where it is computed again; None: as many as MLP_BYTES hold."""
+        """chunk: tokens of an MLP at a time where it is computed again; None: `mlp_part`."""
         decoder = base.model
         self._embedding: nn.Parameter = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
@@ -40,9 +35,8 @@ class FusedModel:
         self._device = self._head_weight.device
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
-        scarcity = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}[keep]
-        self._logits_bytes = LOGITS_BYTES // scarcity
-        chunk = chunk or max(1024, MLP_BYTES // scarcity // (12 * base.config.intermediate_size) // 1024 * 1024)
+        self._logits_bytes = LOGITS_BYTES // SCARCITY[keep]
+        chunk = chunk or mlp_part(base.config.intermediate_size, keep)
         shared: list[Shared] = [{}, {}, {}, {}]
         self._layers = [Layer(m, dtype, shared, keep=keep, chunk=chunk) for m in decoder.layers]
         self._parking = Parking(self._device) if keep is Keep.HOST else None

@@ -17,14 +17,13 @@ from peft import LoraConfig, get_peft_model
 from qwen_shapes import QWEN
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from opensloth.fused import model as fused_model
 from opensloth.fused.keeping import roomiest
 from opensloth.fused.model import FusedModel
+from opensloth.fused.operations import Documents
 from opensloth.fused.support import reason_against_model
 from opensloth.memory_estimate import (
     GIB,
     LOGITS_BYTES,
-    MLP_BYTES,
     SCARCITY,
     Batch,
     Estimate,
@@ -32,7 +31,6 @@ from opensloth.memory_estimate import (
     Method,
     added_weights,
     estimate,
-    part_of_mlp,
     to_come,
     trained_parameters,
 )
@@ -99,20 +97,6 @@ def with_second_part_of_logits(found: Estimate, size: str, targets: float, keep:
     return dataclasses.replace(found, loss=found.loss + second).peak
 
 
-def test_constants_are_those_of_the_code() -> None:
-    assert (LOGITS_BYTES, MLP_BYTES) == (fused_model.LOGITS_BYTES, fused_model.MLP_BYTES)
-
-
-@pytest.mark.parametrize("keep", Keep)
-def test_parts_are_those_of_the_code(keep: Keep) -> None:
-    base = tiny_model("llama")
-    fused = FusedModel(base, keep=keep)
-    shape = shape_of(base)
-    assert fused._logits_bytes == LOGITS_BYTES // SCARCITY[keep]
-    assert fused._layers[0]._chunk >= part_of_mlp(shape, 10_000_000, Keep.HOST)
-    assert keep is Keep.ALL or fused._layers[0]._chunk == part_of_mlp(shape, 10_000_000_000, keep)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.ATTENTION, Keep.INPUTS])
 def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keep: Keep) -> None:
@@ -125,7 +109,7 @@ def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keep: Ke
     offsets = torch.tensor([0, tokens])
     tiles = torch.tensor([[0, 0, tokens]], dtype=torch.int32)
     angles = torch.ones(tokens, base.config.head_dim // 2)
-    documents = fused_model.Documents(offsets.tolist(), tiles, angles, angles)
+    documents = Documents(offsets.tolist(), tiles, angles, angles)
     kept = []
     for layer in fused._layers:
         x, of_layer = layer.forward(x, documents)
