@@ -68,7 +68,7 @@ def gradients(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[s
 def losses(model: nn.Module, batches: Sequence[Batch]) -> list[float]:
     """Mean loss of each document, in a batch of its own or in one that holds them all."""
     objective = Objective(model, autocast=None)
-    parts = [part for batch in batches for part in _by_document(batch)]
+    parts = [part for batch in batches for part in by_document(batch)]
     return [objective.loss_sum(part).item() / len(part.targets) for part in parts]
 
 
@@ -87,7 +87,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-def _by_document(batch: Batch) -> list[Batch]:
+def by_document(batch: Batch) -> list[Batch]:
     """The same inputs, with the targets of one document each."""
     offsets = batch.inputs.get("document_offsets")
     if offsets is None:

@@ -1,0 +1,116 @@
+"""Whole runs on the fast path: through the launcher, interrupted and resumed; from Python; on two GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_runs
+import launched
+import packing
+import pytest
+import shapes
+import torch
+from cards import CUDA, DEVICE, NEEDS_GPU, NEEDS_TWO
+from measured import at_most
+from peft import AutoPeftModelForCausalLM
+from train_rank import identical, largest_distance, of_ranks
+
+from opensloth import run_config
+from opensloth.data.build import build
+from opensloth.data.prepared import PreparedDataset
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
+from opensloth.train import train
+
+pytestmark = [*NEEDS_GPU, pytest.mark.timeout(600)]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Asked to stop, then killed between two checkpoints: every loss and gradient norm, and the result."""
+    model = shapes.save(tmp_path / "model", "qwen2")
+    whole, parts = (gpu_runs.Run(tmp_path / name, model) for name in ("whole", "parts"))
+    assert whole.finish() == 0, whole.said()
+    assert {e["engine"] for e in whole.events() if e["event"] == "engine"} == {"fused" if CUDA else "torch"}
+
+    parts.env = launched.with_faults(steps_per_second=5)
+    parts.start()
+    parts.until_step(7)
+    assert parts.process is not None
+    parts.process.send_signal(signal.SIGTERM)
+    assert parts.wait() != 0
+    parts.start()
+    parts.until_step(14)
+    os.kill(parts.ranks()[0], signal.SIGKILL)
+    assert parts.wait() != 0
+    parts.env = {}
+    assert parts.finish() == 0, parts.said()
+
+    resumed = [event["step"] for event in parts.events() if event["event"] == "resumed"]
+    assert len(resumed) == 2
+    assert 7 <= resumed[0] <= 10 <= resumed[1] < gpu_runs.STEPS
+    assert parts.figures() == whole.figures()
+    assert len(whole.figures()) == gpu_runs.STEPS
+    assert all(len(said) == 1 for said in parts.figures().values())
+    assert identical(parts.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_from_python(kind: str, tmp_path: Path) -> None:
+    """What it has learned is there when plain transformers and peft load the result in float32."""
+    model = shapes.save(tmp_path / "model", kind)
+    (tmp_path / "train.jsonl").write_text("".join(launched.row(i) for i in range(300)))
+    data = prepared(tmp_path, model)
+    asked = OpenSlothConfig(
+        data_cache_path=str(data),
+        engine=gpu_runs.engine(),
+        fast_model_args=FastModelArgs(model_name=str(model), max_seq_length=gpu_runs.ROW, load_in_4bit=False),
+        lora_args=LoraArgs(),
+    )
+    out = tmp_path / "out"
+    arguments = TrainingArguments(
+        output_dir=str(out), gradient_accumulation_steps=2, per_device_train_batch_size=1, learning_rate=1e-2,
+        max_steps=30, warmup_steps=2, optim="adamw_torch", report_to="none", save_strategy="no",
+    )  # fmt: skip
+    result = train(asked, arguments)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    steps = [event["loss"] for event in events if event["event"] == "step"]
+    assert next(event for event in events if event["event"] == "engine")["engine"] == gpu_runs.engine()
+    assert result.loss is not None
+    assert result.loss < 0.7 * steps[0]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(DEVICE)
+    documents = PreparedDataset.open(data)
+    losses = packing.losses(loaded, packing.alone(documents)[:40])
+    assert sum(losses) / len(losses) == pytest.approx(result.loss, rel=0.2)
+
+
+def prepared(folder: Path, model: Path) -> Path:
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "opensloth": {"data_cache_path": str(folder / "cache"), "fast_model_args": {"model_name": str(model)}},
+        "dataset": {"path": str(folder / "train.jsonl")},
+    }
+    config, problems = run_config.check(values)
+    assert config is not None, problems
+    return Path(build(config, lambda *_, **__: None).path)
+
+
+@NEEDS_TWO
+@pytest.mark.enable_socket
+@pytest.mark.parametrize("scenario", [gpu_runs.an_adapter, gpu_runs.every_weight])
+def test_two_gpus_train_as_one_does(scenario: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Both hold the same bits; they differ from one GPU's by the order of sums alone."""
+    found = of_ranks(scenario, tmp_path, (1, 2), seconds=300)
+    (alone,), (first, second) = found[1], found[2]
+    assert {rank["engine"] for rank in (alone, first, second)} == {gpu_runs.engine()}
+    assert first["steps"] == second["steps"]
+    assert identical(first["weights"], second["weights"])
+    pairs = list(zip(first["steps"], alone["steps"], strict=True))
+    assert len(pairs) == 8
+    for i, (what, bound) in enumerate((("losses", 1e-3), ("gradient norms", 1e-2))):
+        off = max(abs(one[i] / other[i] - 1) for one, other in pairs)
+        at_most(f"two GPUs train as one does: {what}", off, bound)
+    at_most("two GPUs train as one does: weights", largest_distance(first["weights"], alone["weights"]), 0.05)

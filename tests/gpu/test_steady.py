@@ -1,0 +1,106 @@
+"""A long training on a GPU compiles nothing after its first steps, and takes no more memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import packing
+import pytest
+import shapes
+import torch
+from cards import CUDA, DEVICE, NEEDS_GPU
+from measured import at_most
+
+from opensloth.data.batch import Batch
+from opensloth.fused.graphs import MOST
+from opensloth.fused.inputs import inputs_of
+from opensloth.fused.keeping import Keep
+from opensloth.fused.model import FusedModel
+from opensloth.model import base_of, trainable_parameters
+
+pytestmark = NEEDS_GPU
+ROW = 4096
+WARM, STEPS = 10, 100
+BEGIN, END = 50, 500
+
+
+class Training:
+    """Steps of one batch each."""
+
+    def __init__(self, kind: str, trained: str, scratch: Path, keep: Keep = Keep.ALL) -> None:
+        self.model: Any = shapes.made(kind, trained, DEVICE, scratch)
+        self.fused = FusedModel(base_of(self.model), keep=keep)
+        self.optimizer = torch.optim.AdamW(trainable_parameters(self.model), lr=1e-4)
+
+    def step(self, batch: Batch) -> None:
+        self.fused.begin_step()
+        self.fused.accumulate(batch, 1 / len(batch.targets))
+        self.fused.clip(1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def lengths(seed: int) -> tuple[int, ...]:
+    """Documents that fill a row, or an eighth of it, or something between."""
+    generator = np.random.default_rng(seed)
+    room, found = int(generator.integers(ROW // 8, ROW + 1)), []
+    while sum(found) < room:
+        found.append(int(min(generator.lognormal(5.5, 0.9) + 2, room - sum(found))))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The kernels that Triton compiles, or reads from its cache, for as long as it is open."""
+    from triton import knobs
+
+    before, seen = knobs.runtime.jit_cache_hook, []
+
+    def see(*_: Any, **said: Any) -> None:
+        seen.append(str(said.get("repr")))
+
+    knobs.runtime.jit_cache_hook = see
+    try:
+        yield seen
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("qwen2", shapes.ADAPTER), ("qwen3", shapes.WHOLE)])
+def test_nothing_is_compiled_after_the_first_steps(kind: str, trained: str, tmp_path: Path) -> None:
+    """Documents of ever other lengths: more shapes than are captured."""
+    batches = [packing.packed(shapes.documents(lengths(seed), seed)) for seed in range(WARM + STEPS)]
+    training = Training(kind, trained, tmp_path)
+    with compilations() as first:
+        for batch in batches[:WARM]:
+            training.step(batch)
+    with compilations() as later:
+        for batch in batches[WARM:] * 2:
+            training.step(batch)
+    assert bool(first) == CUDA, "the hook sees nothing"
+    at_most("kernels compiled after the first ten steps", len(later), 0)
+    shapes_met = Counter(inputs_of(batch, 1.0).shape for batch in batches)
+    assert len(shapes_met) > MOST
+    assert len(training.fused._graphs._captured) == (MOST if CUDA else 0)
+
+
+@pytest.mark.parametrize("keep", [Keep.ALL, Keep.HOST])
+@pytest.mark.parametrize("trained", [shapes.ADAPTER, shapes.WHOLE])
+def test_memory_is_flat(trained: str, keep: Keep, tmp_path: Path) -> None:
+    """Batches of several shapes by turns, all of them captured long before the first look."""
+    batches = [packing.packed(shapes.documents(lengths(seed), seed)) for seed in range(8)]
+    training = Training("qwen2", trained, tmp_path, keep)
+    taken = {}
+    for step in range(1, END + 1):
+        training.step(batches[step % len(batches)])
+        if step in (BEGIN, END):
+            torch.cuda.synchronize()
+            taken[step] = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+    assert min(taken[BEGIN]) > 0
+    for name, begin, end in zip(("allocated", "reserved"), taken[BEGIN], taken[END], strict=True):
+        at_most(f"bytes {name} on the GPU more after step {END} than after step {BEGIN}", end - begin, 0)

@@ -1,0 +1,106 @@
+"""Trainings on GPUs: as runs of the launcher, and as scenarios of `train_rank`, whose ranks are forked.
+
+Nothing here may ask for a CUDA device when it is imported: a forked process could not use it any more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import launched
+import shapes
+import tiny
+import torch
+
+from opensloth import hardware, run_config
+from opensloth.dist import join_world
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
+from opensloth.run_config import from_python
+from opensloth.trainer_factory import assemble, place_in, python_events
+
+ROW = 1024
+"""Tokens of a packed row."""
+STEPS = 30
+LENGTHS = (150, 31, 700, 64, 410, 90, 222, 5, 1000, 130) * 6
+"""Of documents in tokens."""
+
+
+def engine() -> Any:
+    """The fast path; on a machine without a GPU, where these tests are only tried, plain torch."""
+    return "fused" if torch.cuda.is_available() else "torch"
+
+
+class Run(launched.Run):
+    """A run folder whose model trains on the fast path, rows of several documents."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        folder.mkdir()
+        training = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 10, "optim": "adamw_torch"}
+        super().__init__(folder, model, rows=400, **training)
+        config = run_config.load(self.config_text)
+        config.opensloth.engine = engine()
+        config.opensloth.fast_model_args.max_seq_length = ROW
+        config.opensloth.fast_model_args.load_in_4bit = False
+        (self.folder / "config.yaml").write_text(run_config.dump(config))
+
+    def figures(self) -> dict[int, set[tuple[float, float]]]:
+        """Step -> what all attempts that made it have said: loss and gradient norm."""
+        found: dict[int, set[tuple[float, float]]] = {}
+        for event in self.events():
+            if event["event"] == "step":
+                found.setdefault(event["step"], set()).add((event["loss"], event["grad_norm"]))
+        return found
+
+
+def an_adapter(out: Path) -> dict[str, Any]:
+    return _trained(out, shapes.ADAPTER)
+
+
+def every_weight(out: Path) -> dict[str, Any]:
+    return _trained(out, shapes.WHOLE)
+
+
+def _trained(out: Path, trained: str) -> dict[str, Any]:
+    """A few steps of four rows, however many ranks share them: losses, gradient norms, and this rank's weights."""
+    whole = trained == shapes.WHOLE
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        global_batch_size=4,
+        per_device_train_batch_size=1,
+        optim="adamw_torch",
+        learning_rate=1e-4,
+        warmup_steps=0,
+        max_steps=8,
+        report_to="none",
+        save_strategy="no",
+        bf16=True,
+        ddp_timeout=60,
+    )
+    asked = OpenSlothConfig(
+        data_cache_path="-",
+        engine=engine(),
+        fast_model_args=FastModelArgs(
+            model_name="qwen2", max_seq_length=ROW, full_finetuning=whole, load_in_4bit=False,
+            use_gradient_checkpointing=False,
+        ),
+        lora_args=None if whole else LoraArgs(),
+    )  # fmt: skip
+    config, _ = hardware.bring_in_line(
+        from_python(asked, arguments, "sft"), hardware.detect(arguments), model_is_loaded=True
+    )
+    world = join_world(cuda=torch.cuda.is_available(), timeout_seconds=arguments.ddp_timeout)
+    model, place = shapes.made("qwen2", trained, world.device, out), place_in(out)
+    trainer = assemble(
+        model,
+        tiny.make_tokenizer(),
+        (shapes.documents(LENGTHS), None),
+        config,
+        world=world,
+        place=place,
+        events=python_events(place, world),
+    )
+    trainer.train()
+    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return {"engine": trainer.engine, "steps": steps, "weights": weights}
