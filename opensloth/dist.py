@@ -15,6 +15,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from opensloth import contract
+
 
 @dataclass(frozen=True)
 class World:
@@ -31,7 +33,11 @@ class World:
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Whether a launcher started this process, with or without torchrun: it shows a rank its own devices only."""
+    return contract.LAUNCHER_ENV in os.environ or _under_torchrun()
+
+
+def _under_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
@@ -41,12 +47,11 @@ def join_world(*, cuda: bool, timeout_seconds: int, devices: Sequence[int] = (0,
     devices: without torchrun, the first of these CUDA devices is used; the launcher shows each rank only its own.
     RANK alone is not trusted: in a pod the operator sets it to the node's number; only torchrun sets LOCAL_RANK.
     """
-    launched = is_launched()
     rank, local_rank, size = (
-        int(os.environ[name]) if launched else default
+        int(os.environ[name]) if _under_torchrun() else default
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = torch.device("cuda", local_rank if launched else devices[0]) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank if is_launched() else devices[0]) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not torch_dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Runs a training: from Python with two config objects, or as a rank of a run under torchrun."""
+"""Runs a training: from Python with two config objects, or as a rank of a run."""
 
 from __future__ import annotations
 
@@ -239,9 +239,9 @@ def _redirect_output(log: Path) -> None:
 
 
 def main() -> int:
-    """A rank under torchrun, told by the launcher through the environment where its run lies."""
+    """A rank, told by the launcher through the environment where its run lies."""
     run, attempt = Path(os.environ[contract.RUN_DIR_ENV]), int(os.environ[contract.ATTEMPT_ENV])
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))  # none: it is alone
     folder = run / contract.ATTEMPTS_DIR / str(attempt)
     _redirect_output(folder / contract.RANK_LOG.format(rank=rank))
     faulthandler.enable()  # a crash in native code leaves the stacks in the log

@@ -41,11 +41,12 @@ def read_ending(record: Mapping[str, Any]) -> Ending:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a launcher knows when its torchrun has left.
+    """What a launcher knows when its ranks have left.
 
-    code: torchrun's. outcomes: what this node's ranks wrote. asked: the cause in stop.json.
-    cut: why the launcher killed the ranks, if it did. memory_limit: the container's limit that killed one of its
-    processes ("2.0 GiB"), None: none was. torchrun_log: where torchrun_says stands. nodes: how many take part.
+    code: torchrun's, or that of the only rank, which is alone without it. outcomes: what this node's ranks wrote.
+    asked: the cause in stop.json. cut: why the launcher killed the ranks, if it did. memory_limit: the container's
+    limit that killed one of its processes ("2.0 GiB"), None: none was. torchrun_log: where torchrun_says stands.
+    nodes: how many take part.
     """
 
     code: int
@@ -56,6 +57,7 @@ class NodeFacts:
     memory_limit: str | None = None
     torchrun_log: str = ""
     nodes: int = 1
+    alone: bool = False
 
 
 def first_cause(endings: Iterable[Ending]) -> Ending | None:
@@ -83,7 +85,7 @@ def ending_of_node(facts: NodeFacts) -> Ending:
         return facts.cut
     if facts.asked:
         return Ending(facts.asked, f"{facts.asked}; the ranks had to be killed, the last checkpoint stands")
-    victim, number = _first_killed(facts.torchrun_says) or ("torchrun", -facts.code)
+    victim, number = _first_killed(facts.torchrun_says) or ("rank 0" if facts.alone else "torchrun", -facts.code)
     if number > 0:
         return killed(victim, number, facts.memory_limit)
     lost = first_cause(facts.outcomes)

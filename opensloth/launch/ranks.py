@@ -1,4 +1,4 @@
-"""Runs this node's ranks under torchrun, and ends them when they must not go on."""
+"""Runs this node's ranks, under torchrun when they are several, and ends them when they must not go on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def missing_devices(settings: Settings, config: RunConfig) -> Ending | None:
 
 
 def run_ranks(part: Part, config: RunConfig, master: str, check_time: Callable[[], None]) -> Ending:
-    """From the start of torchrun to how it ended on this node.
+    """From the start of the ranks to how it ended on this node.
 
     master: the address that the ranks of several nodes meet at. check_time: called again and again meanwhile.
     """
@@ -84,12 +84,18 @@ def run_ranks(part: Part, config: RunConfig, master: str, check_time: Callable[[
         memory_limit=part.memory_limit_hit(),
         torchrun_log=str(part.torchrun_log),
         nodes=part.settings.nodes,
+        alone=_alone(part.settings, count),
     )
     return ending_of_node(facts)
 
 
 def _command(settings: Settings, count: int, master: str) -> list[str]:
-    """In a pod the operator's PET_* variables say all the rest; the master's name may be answered from memory."""
+    """In a pod the operator's PET_* variables say all the rest; the master's name may be answered from memory.
+
+    A rank that is alone needs no torchrun, whose start takes as long as importing torch once more.
+    """
+    if _alone(settings, count):
+        return [sys.executable, "-m", "opensloth.train"]
     if settings.torchrun_from_environment:
         where = ["--master-addr", f"[{master}]" if ":" in master else master]
     else:
@@ -98,9 +104,16 @@ def _command(settings: Settings, count: int, master: str) -> list[str]:
     return [*torchrun, *where, "--nproc-per-node", str(count), "-m", "opensloth.train"]
 
 
+def _alone(settings: Settings, count: int) -> bool:
+    return count == 1 and settings.nodes == 1
+
+
 def _environment(part: Part, config: RunConfig, count: int) -> dict[str, str]:
     settings = part.settings
     env = dict(os.environ)
+    if _alone(settings, count):  # by these, which the operator sets, libraries would look for other processes
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            env.pop(name, None)
     env[contract.RUN_DIR_ENV] = str(part.attempt.run)
     env[contract.ATTEMPT_ENV] = str(part.attempt.number)
     env[contract.LAUNCHER_ENV] = str(os.getpid())
@@ -117,7 +130,7 @@ def _environment(part: Part, config: RunConfig, count: int) -> dict[str, str]:
 def _oversee(
     child: subprocess.Popen[bytes], part: Part, watchdog: Watchdog, check_time: Callable[[], None]
 ) -> Ending | None:
-    """Until torchrun has left; says why its ranks were killed, unless it was for a request they did not heed."""
+    """Until the ranks have left; says why its ranks were killed, unless it was for a request they did not heed."""
     asked, failed = _Since(), _Since()
     while child.poll() is None:
         check_time()

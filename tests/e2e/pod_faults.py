@@ -18,7 +18,7 @@ from pathlib import Path
 
 FAULTS = json.loads(os.environ.get("POD_FAULTS", "{}"))
 IS_LAUNCHER = "opensloth.launch" in sys.orig_argv
-IS_RANK = "opensloth.train" in sys.orig_argv and "LOCAL_RANK" in os.environ
+IS_RANK = "opensloth.train" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv
 HUNGRY = Path("/tmp/hungry")
 """Of the pod alone: a new one has another /tmp."""
 
@@ -78,9 +78,9 @@ def main():
         return
     if "stopped_save_seconds" in FAULTS:
         slow_when_stopped(FAULTS["stopped_save_seconds"])
-    if os.environ["RANK"] == "0" and memory:
+    if os.environ.get("RANK", "0") == "0" and memory:
         after_steps(memory["step"], eat if memory["who"] == "rank" else hunger)
-    if os.environ["RANK"] == "0" and killed:
+    if os.environ.get("RANK", "0") == "0" and killed:
         after = killed["step"] + int(os.environ["OSLO_ATTEMPT"])
         after_steps(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
 

@@ -53,6 +53,7 @@ def test_how_it_ended_on_a_node() -> None:
     assert node(torchrun_says=ROOT_CAUSE, outcomes=[lost]).message == "rank 1 was killed (SIGKILL)"
     assert node(torchrun_says=VICTIM_FIRST, outcomes=[lost]).message == "rank 3 was killed (SIGKILL)"
     assert node(-9).message == "torchrun was killed (SIGKILL)"
+    assert node(-9, alone=True).message == "rank 0 was killed (SIGKILL)"
     assert node(outcomes=[lost]).cause == Cause.PEER_LOST
     assert node(nodes=2).cause == Cause.PEER_LOST, "torchrun fell over the other nodes' end"
     assert node(nodes=2, torchrun_says="Root Cause").cause == Cause.ERROR

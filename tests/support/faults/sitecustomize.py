@@ -14,8 +14,10 @@ Python imports this module at its start. It works in pods too: mount the folder 
 import ctypes
 import json
 import os
+import sys
 import time
 
+IS_RANK = "opensloth.train" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv
 faults = json.loads(os.environ.get("OSLO_TEST_FAULTS", "{}"))
 
 
@@ -64,7 +66,7 @@ def at_step(rank, step, act):
             act()
         return ask(self)
 
-    if (os.environ.get("RANK"), os.environ.get("OSLO_ATTEMPT")) == (str(rank), "1") and "LOCAL_RANK" in os.environ:
+    if IS_RANK and (os.environ.get("RANK", "0"), os.environ.get("OSLO_ATTEMPT")) == (str(rank), "1"):
         Orders.cause = cause
 
 
@@ -128,5 +130,5 @@ if "steps_per_second" in faults:
     slow_steps(faults["steps_per_second"])
 if "clock" in faults:
     wrong_clock(faults["clock"])
-if "leak" in faults and "LOCAL_RANK" in os.environ:
+if "leak" in faults and IS_RANK:
     leak()
