@@ -36,8 +36,8 @@ class Run(launched.Run):
 
     def __init__(self, folder: Path, model: Path) -> None:
         folder.mkdir()
-        training = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 10, "optim": "adamw_torch"}
-        super().__init__(folder, model, rows=400, **training)
+        training = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 10}
+        super().__init__(folder, model, rows=400, **training, optim="adamw_torch", report_to="none")
         config = run_config.load(self.config_text)
         config.opensloth.engine = engine()
         config.opensloth.fast_model_args.max_seq_length = ROW
