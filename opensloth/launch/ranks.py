@@ -23,6 +23,7 @@ from opensloth.run_config import RunConfig
 
 FAILED_ELSEWHERE_SECONDS = 10.0
 """Ranks that wait in a collective for those of a node that has failed get this long to notice by themselves."""
+_RANK = ("-m", "opensloth.start", "opensloth.train")
 
 
 def ranks_of_node(settings: Settings, config: RunConfig) -> int:
@@ -95,13 +96,13 @@ def _command(settings: Settings, count: int, master: str) -> list[str]:
     A rank that is alone needs no torchrun, whose start takes as long as importing torch once more.
     """
     if _alone(settings, count):
-        return [sys.executable, "-m", "opensloth.train"]
+        return [sys.executable, *_RANK]
     if settings.torchrun_from_environment:
         where = ["--master-addr", f"[{master}]" if ":" in master else master]
     else:
         where = ["--standalone", "--local-addr", "127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    return [*torchrun, *where, "--nproc-per-node", str(count), "-m", "opensloth.train"]
+    return [*torchrun, *where, "--nproc-per-node", str(count), *_RANK]
 
 
 def _alone(settings: Settings, count: int) -> bool:
