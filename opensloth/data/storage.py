@@ -156,7 +156,7 @@ def _list_column(batch: Any, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[A
         raise TypeError(f"column '{name}' holds lists of {column.type.value_type}, expected whole numbers")
     if column.null_count or column.values.null_count:
         raise TypeError(f"column '{name}' has nulls")
-    return column.offsets.to_numpy(), column.values.to_numpy()
+    return np.from_dlpack(column.offsets), np.from_dlpack(column.values)  # views: to_numpy imports pandas first
 
 
 def targets_of(label_starts: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
