@@ -1,10 +1,14 @@
-"""Trainings on GPUs: as runs of the launcher, and as scenarios of `train_rank`, whose ranks are forked.
+"""Trainings on GPUs: as runs of the launcher, and as scenarios that several ranks run, each in a fresh process.
 
-Nothing here may ask for a CUDA device when it is imported: a forked process could not use it any more.
+`train_rank` forks its ranks, which a process that has asked for a CUDA device must not do.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import tiny
 import torch
 
 from opensloth import hardware, run_config
-from opensloth.dist import join_world
+from opensloth.dist import join_world, leave_world
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
 from opensloth.run_config import from_python
 from opensloth.trainer_factory import assemble, place_in, python_events
@@ -104,3 +108,22 @@ def _trained(out: Path, trained: str) -> dict[str, Any]:
     steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     return {"engine": trainer.engine, "steps": steps, "weights": weights}
+
+
+def of_ranks(scenario: Callable[[Path], Any], out: Path, world: int) -> list[Any]:
+    """What each rank returned of `an_adapter` or `every_weight`, all of them with one empty folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(world), __file__, scenario.__name__, str(out)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    return [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def main() -> None:
+    scenario = {"an_adapter": an_adapter, "every_weight": every_weight}[sys.argv[1]]
+    out = Path(sys.argv[2])
+    torch.save(scenario(out), out / f"rank-{os.environ['RANK']}.pt")
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
