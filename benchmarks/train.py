@@ -1,11 +1,11 @@
-"""Tokens per second of training on one GPU: oslo and its peers, interleaved, on the same documents.
+"""Training on one GPU: oslo and its peers, interleaved, on the same documents, against the bars of training/cases.py.
 
-    python benchmarks/train.py 0.5b --rows 2 --repeat 3
-    python benchmarks/train.py 7b --rows 2 --peers trl+liger/flex,unsloth --recompute
-    python benchmarks/train.py 0.5b --row 16384 --rows 1 --length 16384
+    python benchmarks/train.py --results FILE.json [--cases 0.5b,7b] [--minutes 9]
 
 A leg is timed only after its gradient has been compared with that of single documents in float32. It needs a CUDA
-GPU, and trl, liger-kernel and unsloth for the peers: what is not installed is left out, and said.
+GPU, and trl, liger-kernel and unsloth for the peers: what is not installed is left out, and said. FILE is written after
+every leg; a second call with the same file goes on where the first stopped. To have a leg that failed tried again, take
+it out of the file.
 """
 
 # ruff: noqa: T201 (printing is for the person who runs this)
@@ -16,11 +16,13 @@ import argparse
 import datetime as dt
 import json
 import os
-import statistics
+import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,199 +31,145 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
 
-PEERS = ("trl/sdpa", "trl+liger/sdpa", "trl+liger/flex", "unsloth")
-ATTENTION = {"sdpa": "sdpa", "flex": "flex_attention", "flash": "flash_attention_2"}
-PACKAGES = {"trl": ["trl"], "trl+liger": ["trl", "liger_kernel"], "unsloth": ["unsloth"]}
+from training import assets as made  # noqa: E402 (needs the path)
+from training import process, report  # noqa: E402
+from training.cases import CASES, DEFAULT  # noqa: E402
+from training.legs import OSLO, Leg, lacking  # noqa: E402
+from training.results import Results, is_due, queue  # noqa: E402
+
 VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "liger_kernel", "unsloth", "xformers")
+END_SECONDS = 20
+"""Left when the last leg has to be over: to end it, and to write."""
+
+
+def main() -> None:
+    asked = arguments()
+    results = Results.read(asked.results)
+    results.about = {"date": dt.date.today().isoformat(), "gpu": gpu(), "versions": versions()}
+    bench = Bench(asked, results)
+    legs = queue(asked.cases, asked.repeat)
+    results.left_out = {leg.name: f"{lacking(leg)} is not installed" for _, leg in legs if lacking(leg)}
+    for turn, leg in legs:
+        if is_due(results, turn, leg, bench.seconds_left()) and bench.is_gated(leg, [leg for _, leg in legs]):
+            bench.time(turn, leg)
+    print(report.text(results, asked.cases))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training speed on one GPU, oslo beside its peers.")
-    parser.add_argument("shape", choices=["tiny", "0.5b", "1.5b", "7b"], help="Qwen2.5's, with random weights")
-    parser.add_argument("--rows", type=int, default=2, help="packed rows a step")
-    parser.add_argument("--row", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--length", type=int, help="of every document; left out: log-normal, median 350")
-    parser.add_argument("--steps", type=int, default=200, help="timed steps")
+    parser.add_argument("--results", type=Path, required=True, help="a JSON file to go on with, or to begin")
+    parser.add_argument("--cases", type=_cases, default=DEFAULT, help=f"with commas, of {', '.join(CASES)}")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps of a leg")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="train every weight instead of an adapter")
-    parser.add_argument("--recompute", choices=["off", "on", "host"], default="off")
-    parser.add_argument("--within", action="store_true", help="one checkpoint and one evaluation within")
-    parser.add_argument("--peers", default=",".join(PEERS), help="with commas; empty: none")
-    parser.add_argument("--no-gate", action="store_true", help="only to look at speed: nothing is proved")
+    parser.add_argument("--limit", type=float, default=420, help="seconds after which a leg is ended")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no leg that would end later")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "oslo-benchmark")
-    parser.add_argument("--results", type=Path, help="a JSON file to write")
     return parser.parse_args()
 
 
-def main() -> None:
-    from training import assets as made
-    from training import oslo
-
-    asked = arguments()
-    tokens = (asked.steps + 30) * asked.rows * asked.row
-    documents = max(50, min(6000, tokens // (asked.length or 480)))
-    assets = made.make(asked.folder, asked.shape, documents, asked.row, asked.length)
-    legs = {"oslo": leg_of(asked, "oslo")} | {
-        name: leg_of(asked, name) for name in filter(None, asked.peers.split(",")) if _installed(name)
-    }
-    if not asked.no_gate and not asked.full:
-        legs = gated(legs, assets, asked)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in legs}
-    for turn in range(asked.repeat):
-        for name, leg in legs.items():
-            try:
-                if name == "oslo":
-                    result = oslo.run(assets, asked.folder / "runs" / f"{time.time_ns()}", leg)
-                else:
-                    result = peer(assets, leg)
-            except RuntimeError as error:
-                print(f"{name}: failed: {str(error)[-1500:]}", flush=True)
-                continue
-            results[name].append(result)
-            figures = ", ".join(f"{k} {v:,.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
-            print(f"turn {turn + 1}  {name}: {figures}", flush=True)
-    report(asked, results)
+def _cases(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    return names
 
 
-def leg_of(asked: argparse.Namespace, name: str) -> dict[str, Any]:
-    peer_name, _, attention = name.partition("/")
-    recompute: Any = {"off": False, "on": True, "host": "unsloth" if name == "oslo" else True}[asked.recompute]
-    return {
-        "peer": peer_name, "attention": ATTENTION.get(attention, "sdpa"), "rows": asked.rows, "row": asked.row,
-        "steps": asked.steps, "full": asked.full, "recompute": recompute, "within": asked.within,
-    }  # fmt: skip
+class Bench:
+    """Runs legs and keeps what comes of them."""
 
+    def __init__(self, asked: argparse.Namespace, results: Results) -> None:
+        self._asked, self._results = asked, results
+        self._until = time.monotonic() + asked.minutes * 60 - END_SECONDS
+        self._prepared: set[str] = set()
 
-def gated(legs: dict[str, Any], assets: Any, asked: argparse.Namespace) -> dict[str, Any]:
-    """The legs whose gradient is right; what the others' was is said."""
-    import torch
-    from training import gradient
-    from training.assets import read
+    def seconds_left(self) -> float:
+        return self._until - time.monotonic()
 
-    expected = gradient.reference(assets.model, assets.adapter, read(assets.gate))
-    torch.cuda.empty_cache()
-    kept = {}
-    for name, leg in legs.items():
-        found = own_gradient(assets, leg) if name == "oslo" else peer_gradient(assets, leg, asked.folder)
-        if found is None:
-            continue
-        cosine, norm = gradient.agreement(found, expected)
-        right = gradient.passes(cosine, norm)
-        print(
-            f"gate  {name}: gradient cosine {cosine:.5f}, norm {norm:.4f}{'' if right else ': not timed'}", flush=True
-        )
-        if right:
-            kept[name] = leg
-    leaked = gradient.agreement(own_gradient(assets, legs["oslo"], leak=True), expected)
-    print(f"gate  documents that see each other: cosine {leaked[0]:.3f}, norm {leaked[1]:.3f}: must fail", flush=True)
-    if gradient.passes(*leaked):
-        raise SystemExit("the gate does not see a leak: nothing is timed")
-    return kept
+    def is_gated(self, leg: Leg, legs: list[Leg]) -> bool:
+        """Whether the leg may start: its group's model is there, and if it is oslo's its gradient was right.
 
+        A peer's gradient is compared in the process of its first leg.
+        """
+        if leg.group not in self._prepared:
+            own = {other.kind: other for other in legs if other.program == OSLO and other.group == leg.group}
+            ungated = [other for kind, other in own.items() if kind not in self._results.gates]
+            if not self._prepare(leg, ungated):
+                return False
+            self._prepared.add(leg.group)
+        return not self._results.barred(leg) and self.seconds_left() > 0
 
-def own_gradient(assets: Any, leg: dict[str, Any], *, leak: bool = False) -> dict[str, Any]:
-    """By the engine that would train."""
-    import numpy as np
-    import torch
-    from training.assets import read
-    from training.gradient import gradients
-    from training.oslo import config_of
-
-    from opensloth import engine, hardware
-    from opensloth.data.batch import flat_batch
-    from opensloth.data.in_memory import InMemoryDocuments
-    from opensloth.data.training_data import make_rows
-    from opensloth.dist import World
-    from opensloth.isolation import isolate_documents
-    from opensloth.model import load_model, vocabulary_of
-    from opensloth.step import accumulate_gradients
-
-    config = config_of(assets, assets.model.parent / "runs" / "gate", leg)
-    config, _ = hardware.bring_in_line(config, hardware.detect(config.training))
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_model(config.opensloth, device, bf16=bool(config.training.bf16))
-    ids = read(assets.gate)
-    rows = [{"input_ids": i, "labels": i} for i in ids]
-    documents = InMemoryDocuments(rows, name="gate", vocabulary=vocabulary_of(model), max_length=leg["row"])
-    isolate_documents(model, max(map(len, ids)))
-    packed = make_rows(documents, leg["row"], packed=True, pad_id=0)
-    autocast = torch.bfloat16 if config.training.bf16 else None
-    objective, _ = engine.choose(model, packed, config.opensloth, rows_per_batch=leg["rows"], autocast=autocast)
-    batch = flat_batch(documents, np.arange(len(ids)))
-    if leak:
-        batch.inputs["document_offsets"] = batch.inputs["document_offsets"][[0, -1]]
-        batch.inputs["longest_document"] = batch.tokens
-    accumulate_gradients(objective, [batch], World(0, 0, 1, device))
-    return gradients(model)
-
-
-def peer_gradient(assets: Any, leg: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    import torch
-
-    file = folder / f"gradient-{time.time_ns()}.pt"
-    try:
-        peer(assets, {**leg, "gate": str(file), "rows": 1})
-        found: dict[str, Any] = torch.load(file, weights_only=True)
-        return found
-    except RuntimeError as error:
-        print(f"gate  {leg['peer']}/{leg['attention']}: failed: {str(error)[-1500:]}", flush=True)
-        return None
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def peer(assets: Any, leg: dict[str, Any]) -> dict[str, Any]:
-    """One run in a fresh process. Raises RuntimeError with the end of its output."""
-    given = {"assets": {k: str(v) for k, v in vars(assets).items()}, "leg": leg, "started": time.time()}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run(
-        [sys.executable, "-m", "training.peer", json.dumps(given)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return result
-
-
-def report(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    import torch
-
-    rates = {name: [r["tokens_per_second"] for r in of] for name, of in results.items() if of}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    what = "every weight" if asked.full else "LoRA r=8"
-    documents = f"documents of {asked.length}" if asked.length else "documents of median 350"
-    print(f"\n{asked.shape}, {what}, {asked.rows} rows of {asked.row}, {documents}, recompute {asked.recompute}, {gpu}")
-    print("| | tok/s, median | range | peak GiB | first step after |\n|---|---|---|---|---|")
-    for name, of in results.items():
-        if of:
-            peak = max(r["peak_gib"] for r in of)
-            first = statistics.median(r["first_step_seconds"] for r in of)
-            low, high = min(rates[name]), max(rates[name])
-            median = statistics.median(rates[name])
-            print(f"| {name} | {median:,.0f} | {low:,.0f} to {high:,.0f} | {peak:.2f} | {first:.0f} s |")
-    peers = {name: statistics.median(of) for name, of in rates.items() if name != "oslo"}
-    if peers and "oslo" in rates:
-        best = max(peers, key=lambda name: peers[name])
-        print(f"\noslo / best peer ({best}): {statistics.median(rates['oslo']) / peers[best]:.2f}")
-    if asked.results:
-        asked.results.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) for k, v in vars(asked).items() if k not in ("folder", "results")}
-        record = {"date": dt.date.today().isoformat(), "gpu": gpu, "versions": _versions(), "settings": settings}
-        asked.results.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-
-
-def _installed(name: str) -> bool:
-    for package in PACKAGES[name.partition("/")[0]]:
+    def _prepare(self, leg: Leg, ungated: list[Leg]) -> bool:
+        """The model of the leg's group, its reference gradient, and whether oslo's is the same."""
+        assets = made.place(self._asked.folder, leg, self._asked.steps)
+        made.write_documents(assets, leg, self._asked.steps)
+        given = {"shape": leg.shape, "full": leg.full, "reference": str(self._reference(leg))}
+        given |= {"assets": _text(assets), "legs": [asdict(other) for other in ungated]}
         try:
-            version(package)
-        except PackageNotFoundError:
-            print(f"{name}: left out: {package} is not installed")
+            found = self._run("training.gate", given, f"gate {leg.group}")
+        except (process.LegError, process.UnfinishedError) as error:
+            print(f"gate {leg.group}: {error}\nnone of its legs is timed", flush=True)
             return False
-    return True
+        self._results.gates |= found
+        self._results.write()
+        return True
+
+    def time(self, turn: int, leg: Leg) -> None:
+        assets = made.place(self._asked.folder, leg, self._asked.steps)
+        made.write_documents(assets, leg, self._asked.steps)
+        given: dict[str, Any] = {"assets": _text(assets), "leg": asdict(leg), "steps": self._asked.steps}
+        label = f"{leg.name}, turn {turn}"
+        record, began = self._results.of(leg), time.time()
+        allowed = min(self._asked.limit, self.seconds_left())
+        try:
+            if leg.program == OSLO:
+                runs = self._asked.folder / leg.shape / "runs"
+                figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
+            else:
+                reference = None if leg.kind in self._results.gates else str(self._reference(leg))
+                figures = self._run("training.peer", given | {"started": began, "reference": reference}, label)
+        except process.LegError as error:
+            record["failed"] = str(error)
+        except process.UnfinishedError as error:
+            print(f"{label}: {error}", flush=True)
+            if allowed == self._asked.limit:  # else another call may give it the time
+                record["unfinished"] = str(error)
+        else:
+            if verdict := figures.pop("gate", None):
+                self._results.gates[leg.kind] = verdict
+            if "first_step_seconds" in figures or "tokens_per_second" in figures:
+                about = {"steps": self._asked.steps, "leg_seconds": time.time() - began, "machine": platform.node()}
+                record["turns"][str(turn)] = figures | about
+        if failed := record.get("failed"):
+            print(f"{label}: failed: {failed}", flush=True)
+        else:
+            print(f"{label}: {json.dumps(record['turns'].get(str(turn)))}", flush=True)
+        self._results.write()
+
+    def _reference(self, leg: Leg) -> Path:
+        return Path(self._asked.folder) / leg.shape / f"reference-{'full' if leg.full else 'adapter'}.pt"
+
+    def _run(self, module: str, given: dict[str, Any], label: str) -> dict[str, Any]:
+        search = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        log = self._asked.folder / "logs" / f"{re.sub('[^0-9a-zA-Z.+-]+', '-', label)}.log"
+        command = [sys.executable, "-m", module, json.dumps(given)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+        return process.run(command, environment, label, log, min(self._asked.limit, self.seconds_left()))
 
 
-def _versions() -> dict[str, str]:
+def _text(assets: made.Assets) -> dict[str, str]:
+    return {name: str(path) for name, path in vars(assets).items()}
+
+
+def gpu() -> str:
+    """As its driver names it; torch is left to the legs."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "no GPU"
+
+
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
         try:

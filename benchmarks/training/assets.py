@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROW = 4096
-WARM = 24
-"""Steps of every leg before those that are timed."""
+from training.legs import WARM, Leg
+
 MEDIAN, SPREAD = 350, 0.8
 """Of the documents' lengths in tokens, which are log-normal."""
-FIRST_ID, LAST_ID = 300, 150_000
+FIRST_ID, MOST_IDS = 300, 150_000
+SPARE_STEPS = 6
+GATE_SHARE = 0.7
+"""Of the gate's documents: a leg that trains on what is no target must fail it."""
+MOST_DOCUMENTS = 6000
+"""More steps than these last for go over them again."""
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 151_936, "tie_word_embeddings": True,
+        "num_key_value_heads": 1, "vocab_size": 1024, "tie_word_embeddings": True,
     },
     "0.5b": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True,
-    },
-    "1.5b": {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
         "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True,
     },
     "7b": {
@@ -51,27 +51,42 @@ class Assets:
     gate: Path
 
 
-def make(folder: Path, shape: str, documents: int, row: int = ROW, one_length: int | None = None) -> Assets:
-    """Write what is not there yet. row: tokens of a row. one_length: of every document; None: log-normal."""
-    kind = f"{row}-{one_length or 'mixed'}"
-    assets = Assets(
-        folder / shape,
-        folder / f"{shape}-adapter",
-        folder / f"train-{kind}-{documents}.jsonl",
-        folder / f"evaluation-{kind}.jsonl",
-        folder / "gate.jsonl",
+def place(folder: Path, leg: Leg, timed: int) -> Assets:
+    """Where they lie for `leg` with `timed` steps; nothing is written."""
+    kind = f"{leg.row}-{leg.length or 'mixed'}-{leg.target_share:g}"
+    shape = folder / leg.shape
+    documents = _count(leg, timed)
+    return Assets(
+        shape / "model",
+        shape / "adapter",
+        shape / f"train-{kind}-{documents}.jsonl",
+        shape / f"evaluation-{kind}.jsonl",
+        shape / "gate.jsonl",
     )
+
+
+def write_documents(assets: Assets, leg: Leg, timed: int) -> None:
+    """What is not there yet."""
+    vocabulary = SHAPES[leg.shape]["vocab_size"]
+    _write(assets.train, _lengths(_count(leg, timed), leg, seed=0), leg.target_share, vocabulary, seed=1)
+    _write(assets.evaluation, _lengths(40, leg, seed=2), leg.target_share, vocabulary, seed=3)
+    _write(assets.gate, [300, 57, 611, 128, 700, 33, 900], GATE_SHARE, vocabulary, seed=4)
+
+
+def read(path: Path) -> list[dict[str, list[int]]]:
+    """Documents: {"input_ids", "labels"}; labels are -100 where a token is no target."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _count(leg: Leg, timed: int) -> int:
+    mean = leg.length or MEDIAN * math.exp(SPREAD**2 / 2)
+    return max(50, min(MOST_DOCUMENTS, round((WARM + timed + SPARE_STEPS) * leg.rows * leg.row / mean)))
+
+
+def make_model(assets: Assets, shape: str) -> None:
+    """The model, its tokenizer and an adapter, unless they are there."""
     if not (assets.adapter / "adapter_config.json").exists():
         _make_model(assets, shape)
-    _write(assets.train, _lengths(documents, row, one_length, seed=0), seed=1)
-    _write(assets.evaluation, _lengths(40, row, one_length, seed=2), seed=3)
-    _write(assets.gate, [300, 57, 611, 128, 700, 33, 900], seed=4)
-    return assets
-
-
-def read(path: Path) -> list[list[int]]:
-    """The token ids of every document; all of them are targets."""
-    return [json.loads(line)["input_ids"] for line in path.read_text().splitlines()]
 
 
 def _make_model(assets: Assets, shape: str) -> None:
@@ -111,18 +126,24 @@ def _make_tokenizer() -> Any:
     )
 
 
-def _lengths(count: int, row: int, one_length: int | None, seed: int) -> list[int]:
+def _lengths(count: int, leg: Leg, seed: int) -> list[int]:
     draw = random.Random(seed)
-    if one_length:
-        return [one_length] * count
-    return [max(16, min(row, round(draw.lognormvariate(math.log(MEDIAN), SPREAD)))) for _ in range(count)]
+    if leg.length:
+        return [leg.length] * count
+    return [max(16, min(leg.row, round(draw.lognormvariate(math.log(MEDIAN), SPREAD)))) for _ in range(count)]
 
 
-def _write(path: Path, lengths: list[int], seed: int) -> None:
+def _write(path: Path, lengths: list[int], target_share: float, vocabulary: int, seed: int) -> None:
+    """The last `target_share` of a document are its targets, as an answer's tokens are."""
     if path.exists():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    with path.open("w") as stream:
+    last = min(vocabulary, MOST_IDS)
+    new = path.with_suffix(".new")
+    with new.open("w") as stream:
         for length in lengths:
-            ids = [draw.randrange(FIRST_ID, LAST_ID) for _ in range(length)]
-            stream.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+            ids = [draw.randrange(FIRST_ID, last) for _ in range(length)]
+            ignored = round(length * (1 - target_share))
+            stream.write(json.dumps({"input_ids": ids, "labels": [-100] * ignored + ids[ignored:]}) + "\n")
+    new.rename(path)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 COSINE, NORM = 0.999, 0.01
+IGNORED = -100
 
 
-def reference(model_folder: Path, adapter: Path | None, documents: list[list[int]]) -> dict[str, Tensor]:
+def reference(model_folder: Path, adapter: Path | None, documents: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Of the mean loss of all targets: name -> gradient, float32, on the CPU."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -22,11 +23,12 @@ def reference(model_folder: Path, adapter: Path | None, documents: list[list[int
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    targets = sum(len(ids) - 1 for ids in documents)
-    for ids in documents:
-        row = torch.tensor([ids], device=device)
-        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
-        (nn.functional.cross_entropy(logits.float(), row[0, 1:], reduction="sum") / targets).backward()
+    targets = sum(label != IGNORED for document in documents for label in document["labels"][1:])
+    for document in documents:
+        row, labels = (torch.tensor([document[name]], device=device) for name in ("input_ids", "labels"))
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
+        loss = nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=IGNORED, reduction="sum")
+        (loss / targets).backward()
     return gradients(model)
 
 
@@ -48,8 +50,10 @@ def agreement(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[fl
     return dot / (one * other), one / other
 
 
-def passes(cosine: float, norm: float) -> bool:
-    return cosine > COSINE and abs(norm - 1) < NORM
+def judged(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """{cosine, norm, passed}."""
+    cosine, norm = agreement(found, expected)
+    return {"cosine": cosine, "norm": norm, "passed": cosine > COSINE and abs(norm - 1) < NORM}
 
 
 def _plain(name: str) -> str:

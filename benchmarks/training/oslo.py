@@ -1,9 +1,11 @@
-"""The product's legs: a run folder with a config, and the launcher that pods and `oslo submit --local` start."""
+"""The product's legs: a run folder with a config, and the launcher that pods and `oslo submit --local` start.
+
+python -m training.oslo '{"assets": ..., "leg": ..., "steps": 200, "runs": FOLDER}'
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,63 +13,101 @@ from pathlib import Path
 from typing import Any
 
 from opensloth import run_config
-from training.assets import WARM, Assets
+from training import process
+from training.assets import Assets
+from training.legs import WARM, Leg
+
+POLL_SECONDS = 0.2
 
 
-def run(assets: Assets, folder: Path, leg: dict[str, Any]) -> dict[str, Any]:
-    """One run to its end; `leg`: rows, steps, full, recompute, row, and `within`: one checkpoint and evaluation."""
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    assets = Assets(**{name: Path(path) for name, path in asked["assets"].items()})
+    process.answer(run(assets, Path(asked["runs"]) / f"{time.time_ns()}", Leg(**asked["leg"]), asked["steps"]))
+
+
+def run(assets: Assets, folder: Path, leg: Leg, timed: int) -> dict[str, Any]:
+    """One run to its end. Raises RuntimeError with the end of its log."""
     folder.mkdir(parents=True)
-    config = config_of(assets, folder, leg)
+    config = config_of(assets, folder, leg, timed)
     (folder / "config.yaml").write_text(run_config.dump(config))
     started = time.time()
-    command = [sys.executable, "-m", "opensloth.launch", str(folder)]
     with (folder / "launcher.out").open("wb") as out:
-        code = subprocess.run(command, stdout=out, stderr=out, check=False, env=dict(os.environ)).returncode
-    if code:
+        launcher = subprocess.Popen([sys.executable, "-m", "opensloth.launch", str(folder)], stdout=out, stderr=out)
+        events = _follow(launcher, folder / "events.jsonl")
+    if launcher.returncode:
         log = folder / "attempts" / "1" / "rank-0.log"
-        raise RuntimeError(
-            f"exit code {code}: {(log if log.exists() else folder / 'launcher.out').read_text()[-2000:]}"
-        )
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        text = (log if log.exists() else folder / "launcher.out").read_text()
+        raise RuntimeError(f"exit code {launcher.returncode}: {text[-1000:]}")
+    return {**figures(events, leg, started), "engine": next(e["reason"] for e in events if e["event"] == "engine")}
+
+
+def figures(events: list[dict[str, Any]], leg: Leg, started: float) -> dict[str, Any]:
+    """From a run's events. started: seconds since 1970."""
     steps = [event for event in events if event["event"] == "step"]
-    timed = [event for event in steps if event["step"] > WARM]
-    seconds = timed[-1]["time"] - steps[WARM - 1]["time"]
-    return {
-        "tokens_per_second": sum(event["tokens"] for event in timed) / seconds,
-        "peak_gib": timed[-1]["memory"] / 2**30,
+    found = {
         "first_step_seconds": steps[0]["time"] - started,
+        "peak_gib": (steps[-1]["memory"] or 0) / 2**30,
+        "loss": steps[-1]["loss"],
+    }
+    if leg.start:
+        return found
+    timed = steps[WARM:]
+    seconds = timed[-1]["time"] - steps[WARM - 1]["time"]
+    return found | {
+        "tokens_per_second": sum(event["tokens"] for event in timed) / seconds,
+        "target_tokens_per_second": sum(event["target_tokens"] for event in timed) / seconds,
         "mfu": timed[-1]["mfu"],
-        "loss": timed[-1]["loss"],
-        "engine": next(event["reason"] for event in events if event["event"] == "engine"),
     }
 
 
-def config_of(assets: Assets, folder: Path, leg: dict[str, Any]) -> run_config.RunConfig:
-    full = bool(leg.get("full"))
+def _follow(launcher: subprocess.Popen[bytes], file: Path) -> list[dict[str, Any]]:
+    """The run's events once it has ended; meanwhile says how far it is."""
+    events: list[dict[str, Any]] = []
+    while True:
+        ended = launcher.poll() is not None
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        for line in lines[len(events) :]:
+            events.append(json.loads(line))
+            _say(events[-1])
+        if ended:
+            return events
+        time.sleep(POLL_SECONDS)
+
+
+def _say(event: dict[str, Any]) -> None:
+    if event["event"] == "phase":
+        process.say(event["phase"])
+    elif event["event"] == "step" and process.worth_saying(event["step"]):
+        process.say(f"step {event['step']}, {event['tokens_per_second']:,.0f} tokens/s")
+
+
+def config_of(assets: Assets, folder: Path, leg: Leg, timed: int) -> run_config.RunConfig:
     opensloth: dict[str, Any] = {
-        "engine": leg.get("engine", "auto"),
         "data_cache_path": str(folder.parent / "cache"),
         "fast_model_args": {
             "model_name": str(assets.model),
-            "max_seq_length": leg["row"],
+            "max_seq_length": leg.row,
             "load_in_4bit": False,
-            "full_finetuning": full,
-            "use_gradient_checkpointing": leg["recompute"],
+            "full_finetuning": leg.full,
+            "use_gradient_checkpointing": {"off": False, "on": True, "host": "unsloth"}[leg.recompute],
         },
     }
-    if not full:
+    if not leg.full:
         opensloth["pretrained_lora"] = str(assets.adapter)
-    half = (leg["steps"] + WARM) // 2
-    within = {"save_steps": half, "eval_strategy": "steps", "eval_steps": half} if leg.get("within") else {}
+    within: dict[str, Any] = {"save_strategy": "no"}
+    if leg.within:
+        once = leg.middle(timed)
+        within = {"save_steps": once, "eval_strategy": "steps", "eval_steps": once}
     config, problems = run_config.check(
         {
             "name": "bench",
             "opensloth": opensloth,
             "dataset": {"path": str(assets.train), "format": "tokenized", "eval_path": str(assets.evaluation)},
             "training": {
-                "per_device_train_batch_size": leg["rows"],
+                "per_device_train_batch_size": leg.rows,
                 "gradient_accumulation_steps": 1,
-                "max_steps": leg["steps"] + WARM,
+                "max_steps": leg.steps(timed),
                 "learning_rate": 1e-5,
                 "lr_scheduler_type": "constant",
                 "warmup_steps": 0,
@@ -75,10 +115,14 @@ def config_of(assets: Assets, folder: Path, leg: dict[str, Any]) -> run_config.R
                 "max_grad_norm": 1.0,
                 "logging_steps": 1,
                 "report_to": "tensorboard",
-                **(within or {"save_strategy": "no"}),
+                **within,
             },
         }
     )
     if config is None:
         raise ValueError(f"the benchmark's own config: {problems}")
     return config
+
+
+if __name__ == "__main__":
+    main()

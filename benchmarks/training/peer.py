@@ -1,14 +1,14 @@
 """The peers' legs, each in a process of its own: TRL's SFT trainer, with Liger's kernels, and under Unsloth.
 
-    python -m training.peer '{"assets": ..., "leg": ...}'
+    python -m training.peer '{"assets": ..., "leg": ..., "steps": 200, "started": SECONDS, "reference": FILE or null}'
 
-The last line of stdout is the result as JSON.
+With a reference gradient the leg is gated first, in this process, as importing and loading take long; its time to the
+first step then says nothing and is left out.
 """
-
-# ruff: noqa: T201 (the parent reads it)
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -16,76 +16,89 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.assets import WARM, Assets, read
+from training import process
+from training.assets import Assets, read
+from training.legs import WARM, Leg
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
     assets = Assets(**{name: Path(path) for name, path in asked["assets"].items()})
-    leg = asked["leg"]
-    started = asked["started"]
-    trainer = _trainer(assets, leg)
-    if leg.get("gate"):
-        _save_gradient(trainer, Path(leg["gate"]))
-        print(json.dumps({}))
-        return
-    import torch
-
-    clock = _Clock(trainer)
-    torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    print(json.dumps({**clock.result(), "first_step_seconds": clock.first - started}))
-
-
-def _trainer(assets: Assets, leg: dict[str, Any]) -> Any:
-    unsloth = leg["peer"] == "unsloth"
-    if unsloth:
+    leg = Leg(**asked["leg"])
+    timed = asked["steps"]
+    if leg.peer == "unsloth":
         import unsloth as _  # noqa: F401 (it has to come before what it patches)
+    import torch
+    import trl as _trl  # noqa: F401 (so that its time shows)
+
+    process.say("imported")
+    model, tokenizer = (_unsloth_model if leg.peer == "unsloth" else _model)(assets, leg)
+    process.say("model loaded")
+    trainer = _trainer(assets, leg, timed, model, tokenizer, gate=bool(asked["reference"]))
+    process.say("data prepared")
+    verdict = None
+    if asked["reference"]:
+        verdict = _gate(trainer, Path(asked["reference"]))
+        process.say(f"gate: {verdict}")
+        if not verdict["passed"]:
+            process.answer({"gate": verdict})
+            return
+    clock = _clock(trainer, leg)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    first = {"first_step_seconds": clock.first - asked["started"]} if verdict is None else {}
+    process.answer({**clock.result(), **first, "gate": verdict})
+
+
+def _trainer(assets: Assets, leg: Leg, timed: int, model: Any, tokenizer: Any, *, gate: bool) -> Any:
+    import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = (_unsloth_model if unsloth else _model)(assets, leg)
-    documents = read(assets.gate if leg.get("gate") else assets.train)
-    half = (leg["steps"] + WARM) // 2
     within: dict[str, Any] = {"save_strategy": "no"}
-    if leg.get("within"):
-        within = {"save_steps": half, "eval_strategy": "steps", "eval_steps": half}
-    out = tempfile.mkdtemp()
+    if leg.within:
+        once = leg.middle(timed)
+        within = {"save_steps": once, "eval_strategy": "steps", "eval_steps": once}
+    cuda = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=out, max_length=leg["row"], packing=True, per_device_train_batch_size=leg["rows"],
-        gradient_accumulation_steps=1, max_steps=leg["steps"] + WARM, learning_rate=1e-5, warmup_steps=0,
-        lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=True, logging_steps=1,
-        report_to="tensorboard", dataloader_num_workers=2, seed=0, use_liger_kernel=leg["peer"] == "trl+liger",
-        gradient_checkpointing=leg["recompute"] and not unsloth,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, torch_compile=bool(leg.get("compile")), **within,
+        output_dir=tempfile.mkdtemp(), max_length=leg.row, packing=True, per_device_train_batch_size=leg.rows,
+        gradient_accumulation_steps=1, max_steps=leg.steps(timed), learning_rate=1e-5, warmup_steps=0,
+        lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=cuda, use_cpu=not cuda,
+        logging_steps=1, report_to="tensorboard", dataloader_num_workers=2, seed=0, disable_tqdm=True,
+        use_liger_kernel=leg.peer == "trl+liger", per_device_eval_batch_size=1, eval_packing=True,
+        gradient_checkpointing=leg.recompute != "off" and leg.peer != "unsloth",
+        gradient_checkpointing_kwargs={"use_reentrant": False}, torch_compile=leg.compiled, **within,
     )  # fmt: skip
-    evaluation = _dataset(Dataset, read(assets.evaluation)) if leg.get("within") else None
+    others = {name: Dataset.from_list(read(path)) for name, path in _others(assets, leg, gate=gate).items()}
     return SFTTrainer(
-        model=model, processing_class=tokenizer, args=arguments, train_dataset=_dataset(Dataset, documents),
-        eval_dataset=evaluation,
+        model=model, processing_class=tokenizer, args=arguments,
+        train_dataset=Dataset.from_list(read(assets.train)), eval_dataset=others or None,
     )  # fmt: skip
 
 
-def _dataset(kind: Any, documents: list[list[int]]) -> Any:
-    return kind.from_dict({"input_ids": documents, "labels": documents})
+def _others(assets: Assets, leg: Leg, *, gate: bool) -> dict[str, Path]:
+    return ({"gate": assets.gate} if gate else {}) | ({"evaluation": assets.evaluation} if leg.within else {})
 
 
-def _model(assets: Assets, leg: dict[str, Any]) -> tuple[Any, Any]:
+def _model(assets: Assets, leg: Leg) -> tuple[Any, Any]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    cuda = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        assets.model, dtype=torch.bfloat16, attn_implementation=leg["attention"], device_map={"": 0}
-    )
-    if not leg.get("full"):
+        assets.model, dtype=torch.bfloat16 if cuda else torch.float32, attn_implementation=leg.attention,
+        device_map={"": 0 if cuda else "cpu"},
+    )  # fmt: skip
+    if not leg.full:
         model = PeftModel.from_pretrained(model, str(assets.adapter), is_trainable=True)
-        if leg["recompute"]:
+        if leg.recompute != "off":
             model.enable_input_require_grads()
     return model, AutoTokenizer.from_pretrained(assets.model)
 
 
-def _unsloth_model(assets: Assets, leg: dict[str, Any]) -> tuple[Any, Any]:
+def _unsloth_model(assets: Assets, leg: Leg) -> tuple[Any, Any]:
     import torch
     from safetensors.torch import load_file
     from unsloth import FastLanguageModel
@@ -93,13 +106,13 @@ def _unsloth_model(assets: Assets, leg: dict[str, Any]) -> tuple[Any, Any]:
     from training.assets import TARGETS
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(assets.model), max_seq_length=leg["row"], dtype=torch.bfloat16, load_in_4bit=False,
-        full_finetuning=bool(leg.get("full")), local_files_only=True,
+        str(assets.model), max_seq_length=leg.row, dtype=torch.bfloat16, load_in_4bit=False,
+        full_finetuning=leg.full, local_files_only=True,
     )  # fmt: skip
-    if not leg.get("full"):
+    if not leg.full:
         model = FastLanguageModel.get_peft_model(
             model, r=8, lora_alpha=16, lora_dropout=0, target_modules=TARGETS, random_state=0,
-            use_gradient_checkpointing="unsloth" if leg["recompute"] else False,
+            use_gradient_checkpointing="unsloth" if leg.recompute != "off" else False,
         )  # fmt: skip
         from peft import set_peft_model_state_dict
 
@@ -107,46 +120,74 @@ def _unsloth_model(assets: Assets, leg: dict[str, Any]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-class _Clock:
-    """Counts tokens that are no padding, and the seconds from the last warm step to the end."""
+def _gate(trainer: Any, reference: Path) -> dict[str, Any]:
+    """Of one step on the gate's documents, as this trainer packs them; then as if it had not been."""
+    import torch
 
-    def __init__(self, trainer: Any) -> None:
-        self.first = self._since = self._until = 0.0
-        self._steps = self._tokens = 0
-        self._loss = None
-        inner = trainer.training_step
+    from training import gradient
 
-        def step(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-            tokens = _tokens(inputs)
-            loss = inner(model, inputs, *rest, **named)
-            self._count(tokens)
-            return loss
+    model = trainer.model
+    model.train()
+    batch = next(iter(trainer.get_eval_dataloader("gate")))
+    targets = (batch["labels"][..., 1:] != gradient.IGNORED).sum()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(model, batch, targets)
+    found = gradient.gradients(model)
+    model.zero_grad(set_to_none=True)
+    trainer.eval_dataset = trainer.eval_dataset.get("evaluation")
+    del batch
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return gradient.judged(found, torch.load(reference, weights_only=True))
 
-        trainer.training_step = step
 
-    def _count(self, tokens: int) -> None:
-        import torch
+def _clock(trainer: Any, leg: Leg) -> Any:
+    """Counts tokens that are no padding, and the seconds from the end of the last warm step to that of the last one."""
+    import torch
+    from transformers import TrainerCallback
 
-        self._steps += 1
-        if self._steps in (1, WARM):
-            torch.cuda.synchronize()
-        if self._steps == 1:
-            self.first = time.time()
-        if self._steps == WARM:
-            self._since = time.perf_counter()
-        elif self._steps > WARM:
-            self._tokens += tokens
-            self._until = time.perf_counter()
+    class Clock(TrainerCallback):
+        first = since = until = 0.0
+        tokens = 0
 
-    def result(self) -> dict[str, Any]:
-        import torch
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            step = state.global_step
+            if step in (1, WARM, state.max_steps):
+                _wait()
+                self.first = self.first or time.time()
+                self.until = time.perf_counter()
+            if step == WARM:
+                self.since, self.tokens = self.until, 0
+            if process.worth_saying(step):
+                passed = time.perf_counter() - self.since
+                process.say(f"step {step}" + (f", {self.tokens / passed:,.0f} tokens/s" if step > WARM else ""))
 
+        def result(self) -> dict[str, Any]:
+            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+            rate = {} if leg.start else {"tokens_per_second": self.tokens / (self.until - self.since)}
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            return {**rate, "peak_gib": peak, "loss": losses[-1]}
+
+    clock = Clock()
+    inner = trainer.training_step
+
+    def step(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        clock.tokens += _tokens(inputs)
+        return inner(model, inputs, *rest, **named)
+
+    trainer.training_step = step
+    trainer.add_callback(clock)
+    return clock
+
+
+def _wait() -> None:
+    """For the device."""
+    import torch
+
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - self._since
-        return {
-            "tokens_per_second": self._tokens / seconds,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
 
 
 def _tokens(inputs: Any) -> int:
@@ -154,21 +195,6 @@ def _tokens(inputs: Any) -> int:
     if mask is not None and mask.dim() == 2:
         return int(mask.sum())
     return int(inputs["input_ids"].numel())
-
-
-def _save_gradient(trainer: Any, path: Path) -> None:
-    """Of one step on the gate's documents, as this trainer packs them."""
-    import torch
-
-    from training.gradient import gradients
-
-    model = trainer.model
-    model.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-    targets = int((batch["labels"][..., 1:] != -100).sum())
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.training_step(model, batch, torch.tensor(targets, device="cuda"))
-    torch.save(gradients(model), path)
 
 
 if __name__ == "__main__":
