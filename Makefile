@@ -12,7 +12,7 @@ EXTRAS ?= train
 BASE_IMAGE ?=
 BUILDER = $(if $(shell docker info >/dev/null 2>&1 && echo yes),docker build,BUILDAH_ISOLATION=chroot buildah bud --layers)
 
-.PHONY: demo test test-slow test-gpu lint e2e bench image lock install clean
+.PHONY: demo test test-slow test-gpu lint e2e bench bench-train image lock install clean
 
 demo: $(INSTALLED) ## install, then teach a small model a task and show it before and after
 	$(BIN)/python examples/quickstart/run.py
@@ -38,6 +38,12 @@ e2e: $(INSTALLED) ## end-to-end tests on the cluster of KUBECONFIG, whose admin 
 
 bench: $(INSTALLED) ## time the preparation of data
 	$(BIN)/python benchmarks/prepare.py
+
+# BENCH_ARGS=--cases 0.5b,7b chooses among the cases; a second call goes on where the first stopped.
+bench-train: $(INSTALLED) ## time training beside the peers on one GPU, and draw it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gpu,unsloth,bench]'
+	$(BIN)/python benchmarks/train.py --results build/bench-train.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/plot.py build/bench-train.json build/bench-train.svg
 
 image: ## build the training image, with docker where its daemon answers, else with buildah
 	$(BUILDER) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg EXTRAS=$(EXTRAS) \

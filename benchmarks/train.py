@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ END_SECONDS = 20
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a leg is ended too
     asked = arguments()
     results = Results.read(asked.results)
     results.about = {"date": dt.date.today().isoformat(), "gpu": gpu(), "versions": versions()}

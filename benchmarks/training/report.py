@@ -78,4 +78,4 @@ def _why_not(leg: Leg, results: Results) -> str | None:
         return f"its gradient is wrong: cosine {gate['cosine']:.5f}, norm {gate['norm']:.4f}"
     known = results.legs.get(leg.name, {})
     why = known.get("failed") or known.get("unfinished") or results.left_out.get(leg.name)
-    return str(why).splitlines()[0] if why else None
+    return f"{lines[0]} {lines[-1]}" if len(lines := str(why or "").strip().splitlines()) > 1 else why
