@@ -6,6 +6,7 @@ python benchmarks/plot.py RESULTS.json PICTURE.svg
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,10 +27,10 @@ WIDTH = 0.38
 def main() -> None:
     results, picture = Results.read(Path(sys.argv[1])), Path(sys.argv[2])
     found = {case.title: outcome(case, results) for case in CASES.values() if not (case.seconds or case.beside)}
-    found = {title: one for title, one in found.items() if one.value is not None}
+    found = {textwrap.fill(title, 36): one for title, one in found.items() if one.value is not None}
     if not found:
         raise SystemExit(f"{sys.argv[1]}: no case has figures of oslo and of a peer")
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.75 * len(found)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 0.9 + 0.75 * len(found)), layout="constrained")
     for place, one in enumerate(found.values()):
         for offset, who, leg in ((-WIDTH / 2, "oslo", one.own), (WIDTH / 2, "best peer", one.peer)):
             assert leg is not None
@@ -38,8 +39,7 @@ def main() -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, median and range; {results.about['gpu']}, {results.about['date']}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.25)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.5 * axes.dataLim.x1)  # room for the words beside the bars
     figure.savefig(picture)
 
 
@@ -48,8 +48,8 @@ def _bar(axes: plt.Axes, place: float, who: str, leg: Leg, results: Results) -> 
     middle, rates = rate(figures), [one["tokens_per_second"] for one in figures]
     spread = [[middle - min(rates)], [max(rates) - middle]]
     axes.barh(place, middle, WIDTH, xerr=spread, color=COLOURS[who], error_kw={"elinewidth": 1})
-    words = f"  {leg.program}, {leg.rows} x {leg.row:,}, recompute {leg.recompute}: {middle:,.0f}"
-    axes.text(max(rates), place, words, va="center", fontsize=8)
+    words = f"  {middle:,.0f} {leg.program}, {leg.rows} x {leg.row:,}, recompute {leg.recompute}"
+    axes.text(max(rates), place, words, va="center", fontsize=8).set_in_layout(False)
 
 
 if __name__ == "__main__":
