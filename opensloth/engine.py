@@ -9,8 +9,9 @@ from torch import nn
 
 from opensloth.data.training_data import Rows
 from opensloth.errors import ConfigError, Problem
-from opensloth.fused.keeping import Keep, roomiest
+from opensloth.fused.keeping import roomiest
 from opensloth.fused.support import reason_against
+from opensloth.memory_estimate import Keep
 from opensloth.model import base_of
 from opensloth.opensloth_config import FastModelArgs, OpenSlothConfig
 from opensloth.step import Objective

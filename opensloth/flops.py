@@ -57,7 +57,9 @@ def work_of(model: nn.Module) -> Work | None:
 
 
 def _operations(weight: torch.Tensor) -> int:
-    values = weight.numel() * (2 if weight.dtype is torch.uint8 else 1)  # two of 4 bits lie in a byte
+    values = weight.numel()
+    if getattr(weight, "quant_state", None) is not None:
+        values *= 2 * weight.element_size()  # two of 4 bits lie in a byte
     return values * (_FORWARD + _INPUTS + (_WEIGHTS if weight.requires_grad else 0))
 
 

@@ -28,8 +28,9 @@ _USABLE = 0.95
 _HALF, _FLOAT = 2, 4
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: itself, an 8-bit scale of 64, a 32-bit scale of 256 of those."""
-_BORDER = 16
-"""An adapter's rank in the border of a weight is rounded up to a multiple of it."""
+BORDER = 16
+"""An adapter's rank in the border of a weight is rounded up to a multiple of it, and so is every row's stride: matrix
+products ask for 8, and Triton reads and writes widely by 16."""
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The fast path makes each one product."""
 
@@ -179,7 +180,7 @@ def _borders(shape: ModelShape, method: Method) -> int:
 def _ranks(method: Method) -> tuple[int, ...]:
     """Of the borders of qkv, o, gate and up, down."""
     sums = [method.rank * sum(name in method.targets for name in group) for group in _GROUPS]
-    return tuple(-(-rank // _BORDER) * _BORDER for rank in sums)
+    return tuple(-(-rank // BORDER) * BORDER for rank in sums)
 
 
 def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ EXACT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Families whose parameters are counted exactly: those of the fast path. Others by the same keys, about."""
 HEAD_SIZES = frozenset({32, 64, 128})
 STEADY_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose turns depend on a token's position alone."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 

@@ -9,8 +9,6 @@ from opensloth.memory_estimate import Batch, Keep, Method
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS
 
-__all__ = ["Keep", "roomiest"]
-
 _MOMENTS_BYTES = 12
 """Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
 

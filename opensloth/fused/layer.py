@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from opensloth.fused import operations
-from opensloth.fused.keeping import Keep
 from opensloth.fused.operations import Documents, Heads
 from opensloth.fused.projection import Projection, Shared, Staged, gradient_of
+from opensloth.memory_estimate import Keep
 
 
 class Norm:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from opensloth.data.batch import Batch
 from opensloth.dist import World
 from opensloth.fused.inputs import padded_tokens
-from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
+from opensloth.memory_estimate import Keep
 from opensloth.model import base_of
 from opensloth.step import Objective
 

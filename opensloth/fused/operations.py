@@ -275,7 +275,8 @@ class FourBit:
 
     @classmethod
     def of(cls, linear: Any) -> FourBit:
-        return cls(linear.weight.data, linear.weight.quant_state)
+        packed = linear.weight.data.view(torch.uint8).reshape(-1, 1)  # some are stored as if they were of 16 bits
+        return cls(packed, linear.weight.quant_state)
 
 
 def dequantise(weight: FourBit, out: Tensor) -> None:

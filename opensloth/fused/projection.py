@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from opensloth.fused.operations import FourBit, add_product, dequantise
-
-ALIGNMENT = 16
-"""Elements that divide a row's stride: matrix products ask for 8, and Triton reads and writes widely by 16."""
+from opensloth.memory_estimate import BORDER
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Projection:
         ranks = [_rank(linear) for linear in linears]
         self.inputs = int(plain[0].in_features)
         self.outputs = sum(int(linear.out_features) for linear in plain)
-        self.rank = -(-sum(ranks) // ALIGNMENT) * ALIGNMENT
+        self.rank = -(-sum(ranks) // BORDER) * BORDER
         self._in_four_bits = FourBit.holds(plain[0])
         self._buffer = self._new_buffer(plain[0].weight.device, dtype, shared)
         self._bias = self._buffer.new_zeros(self.outputs) if any(p.bias is not None for p in plain) else None

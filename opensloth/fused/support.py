@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from opensloth.model import base_of
+from opensloth.model_shape import EXACT, HEAD_SIZES, STEADY_ROPES
+from opensloth.opensloth_config import LORA_TARGETS
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-STEADY_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings whose turns depend on a token's position alone."""
-HEAD_SIZES = frozenset({32, 64, 128})
 FOUR_BITS = "Linear4bit"
 """bitsandbytes' layer, by name: the package may be missing."""
-TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
 def reason_against(
@@ -48,7 +45,7 @@ def reason_against_model(model: nn.Module, longest_document: int) -> str | None:
     window = getattr(config, "sliding_window", None) if _windowed(config) else None
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in EXACT:
         return f"it does not know {config.model_type} models"
     if config.hidden_act != "silu":
         return f"it has no {config.hidden_act} activation"
@@ -84,7 +81,7 @@ def _adapters(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer, _, kind = name.partition(".lora_")
-            if layer.rpartition(".")[2] not in TARGETS or kind[:1] not in "AB":
+            if layer.rpartition(".")[2] not in LORA_TARGETS or kind[:1] not in "AB":
                 return f"the adapter trains {name}"
             if parameter.dtype is not torch.float32:
                 return "the adapter is not float32"
@@ -99,4 +96,6 @@ def _precision(model: nn.Module) -> str | None:
     }
     if kinds - {"Linear", FOUR_BITS}:
         return f"its linear layers are {', '.join(sorted(kinds))}"
+    if type(base_of(model).lm_head) is not nn.Linear:
+        return "its head is quantised"
     return "only some of its linear layers are in 4 bits" if len(kinds) > 1 else None

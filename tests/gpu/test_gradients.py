@@ -19,8 +19,8 @@ from measured import at_most
 from torch import Tensor
 
 from opensloth.data.batch import Batch
-from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
+from opensloth.memory_estimate import Keep
 from opensloth.model import base_of
 from opensloth.step import Objective
 

@@ -20,8 +20,8 @@ from cards import DEVICE, NEEDS_GPU
 from measured import at_least, at_most
 from transformers import AutoModelForCausalLM
 
-from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
+from opensloth.memory_estimate import Keep
 from opensloth.model import attach_adapter, base_of
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective

@@ -19,8 +19,8 @@ from measured import at_most
 from opensloth.data.batch import Batch
 from opensloth.fused.graphs import MOST
 from opensloth.fused.inputs import inputs_of
-from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
+from opensloth.memory_estimate import Keep
 from opensloth.model import base_of, trainable_parameters
 
 pytestmark = NEEDS_GPU

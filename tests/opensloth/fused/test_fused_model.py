@@ -21,10 +21,10 @@ from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
 from opensloth.fused.inputs import TOKENS, inputs_of
-from opensloth.fused.keeping import Keep
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
 from opensloth.fused.support import reason_against, reason_against_model
+from opensloth.memory_estimate import Keep
 from opensloth.model import attach_adapter, base_of, trainable_parameters
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective, accumulate_gradients
@@ -60,10 +60,16 @@ def _filled(model: Any) -> Any:
     return model
 
 
-def four_bit_model(kind: str, folder: Path, **settings: Any) -> Any:
+def four_bit_model(kind: str, folder: Path, *, storage: str = "uint8", skipped: Any = None, **settings: Any) -> Any:
     """Its layers quantised twice over, as the product loads them, but computing in float32."""
     tiny.make_model(kind).save_pretrained(folder)
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=skipped,
+    )
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map={"": "cpu"})
     return _filled(attach_adapter(base, config(**settings)).train())  # evaluating on a CPU, the package repacks
 
@@ -94,6 +100,11 @@ def packed(of: tiny.Documents) -> Batch:
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def bits(model: Any) -> dict[str, torch.Tensor]:
+    """Of everything that it holds: 4-bit weights read as other numbers may be none."""
+    return {name: tensor.flatten().view(torch.uint8).clone() for name, tensor in model.state_dict().items()}
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -129,13 +140,18 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], 
 
 
 @pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 @KINDS
-def test_weights_in_four_bits(kind: str, targets: list[str], keep: Keep, tmp_path: Path) -> None:
-    """All layers' weights are made whole in the same buffers, one layer after the other; their own stay as they are."""
-    model = four_bit_model(kind, tmp_path, targets=targets)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_weights_in_four_bits(kind: str, targets: list[str], storage: str, keep: Keep, tmp_path: Path) -> None:
+    """All layers' weights are made whole in the same buffers, one layer after the other; their own stay as they are.
+
+    Some are stored as if their bytes were numbers of 16 bits, which sharding asks for.
+    """
+    model = four_bit_model(kind, tmp_path, storage=storage, targets=targets)
+    before = bits(model)
     agreeing(model, keep, ", weights in 4 bits").release()
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    after = bits(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("keep", Keep)
@@ -293,13 +309,23 @@ def test_adapters_that_it_does_not_know(
     assert (reason in (found or "")) if reason else found is None
 
 
-def test_models_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("skipped", "reason"),
+    [
+        (None, None),
+        (["lm_head", "down_proj"], "only some of its linear layers are in 4 bits"),
+        (["embed_tokens"], "its head is quantised"),
+    ],
+)
+def test_models_in_four_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: list[str] | None, reason: str | None
+) -> None:
     monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
     monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
-    model = four_bit_model("llama", tmp_path)
-    assert reason_against(model, packed=True, longest_document=64, autocast=None) is None
-    assert work_of(model) == work_of(model_of("llama")), "a weight in 4 bits multiplies as any other"
-    mlp = base_of(model).model.layers[1].mlp
-    mlp.down_proj.base_layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
-    found = reason_against(model, packed=True, longest_document=64, autocast=None)
-    assert found == "only some of its linear layers are in 4 bits"
+    model = four_bit_model("llama", tmp_path, skipped=skipped)
+    assert reason_against(model, packed=True, longest_document=64, autocast=None) == reason
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_a_weight_in_four_bits_multiplies_as_any_other(tmp_path: Path, storage: str) -> None:
+    assert work_of(four_bit_model("llama", tmp_path, storage=storage)) == work_of(model_of("llama"))

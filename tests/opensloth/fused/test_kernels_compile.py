@@ -78,15 +78,15 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
 
     from opensloth.fused.kernels import attention, elementwise
     from opensloth.fused.operations import Heads, tiles_of
-    from opensloth.fused.projection import ALIGNMENT
+    from opensloth.memory_estimate import BORDER
 
     def matrix(width: int, beside: int = 0) -> torch.Tensor:
         return torch.empty(tokens, width + beside, dtype=torch.bfloat16)[:, :width]
 
     heads, tiles = Heads(query, key_value, 0.1), torch.from_numpy(tiles_of(np.array([0, 300, tokens])))
     width, inner = query * dim, 4864
-    qkv, dqkv = matrix(width + 2 * key_value * dim), matrix(width + 2 * key_value * dim, ALIGNMENT)
-    x, bordered, weight = matrix(width), matrix(width, ALIGNMENT), torch.empty(width, dtype=torch.bfloat16)
+    qkv, dqkv = matrix(width + 2 * key_value * dim), matrix(width + 2 * key_value * dim, BORDER)
+    x, bordered, weight = matrix(width), matrix(width, BORDER), torch.empty(width, dtype=torch.bfloat16)
     lse, scale = torch.empty(query, tokens), torch.empty(tokens)
     attention.forward(qkv, tiles, heads, bordered, lse)
     attention.backward(x, qkv, bordered, lse, tiles, heads, dqkv)
@@ -99,8 +99,8 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     head_scale = torch.empty(tokens, query + key_value)
     elementwise.norm_rotate(qkv, of_heads, 1e-6, turns, turns, query, qkv, head_scale)
     elementwise.norm_rotate_backward(dqkv, qkv, of_heads, turns, turns, query, head_scale)
-    elementwise.swiglu(matrix(2 * inner), matrix(inner, ALIGNMENT))
-    elementwise.swiglu_backward(matrix(inner), matrix(2 * inner), matrix(2 * inner, ALIGNMENT), matrix(inner))
+    elementwise.swiglu(matrix(2 * inner), matrix(inner, BORDER))
+    elementwise.swiglu_backward(matrix(inner), matrix(2 * inner), matrix(2 * inner, BORDER), matrix(inner))
 
 
 def _launch_rest() -> None:
@@ -109,14 +109,14 @@ def _launch_rest() -> None:
 
     from opensloth.fused.kernels import copy_table, cross_entropy, dequantise
     from opensloth.fused.operations import FourBit
-    from opensloth.fused.projection import ALIGNMENT
+    from opensloth.memory_estimate import BORDER
 
     logits, targets = torch.empty(4, 151_936, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64)
     cross_entropy.cross_entropy_(logits, targets, torch.tensor(1.0), torch.empty(4))
     weight = torch.randn(256, 896, dtype=torch.bfloat16)
     for nested in (False, True):
         packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
-        buffer = torch.empty(256, 896 + ALIGNMENT, dtype=torch.bfloat16)
+        buffer = torch.empty(256, 896 + BORDER, dtype=torch.bfloat16)
         dequantise.dequantise(FourBit(packed, state), buffer[:, :896])
     table, scales = torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1)
     for add in (False, True):
