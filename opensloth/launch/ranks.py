@@ -17,7 +17,7 @@ from opensloth.launch import machine
 from opensloth.launch.ending import Ending, NodeFacts, ending_of_node
 from opensloth.launch.part import Part
 from opensloth.launch.settings import Settings
-from opensloth.launch.stacks import hung_ending, save_stacks
+from opensloth.launch.stacks import await_stacks, hung_ending, save_stacks
 from opensloth.launch.watchdog import Watchdog
 from opensloth.run_config import RunConfig
 
@@ -159,6 +159,7 @@ def _hung(part: Part, watchdog: Watchdog) -> Ending | None:
     if contract.HUNG_FILE not in part.attempt.files():
         return None
     save_stacks(part.attempt, watchdog.ranks, watchdog.folder)
+    await_stacks(part.attempt, len(watchdog.ranks) * part.settings.nodes)
     return hung_ending(part.attempt)
 
 

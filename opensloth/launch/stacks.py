@@ -23,6 +23,8 @@ from opensloth.pulse import STACKS_SIGNAL, Standing, read_standing, stacks_file
 
 STACKS_SECONDS: Final = 3.0
 """Python writes them from a signal's handler in milliseconds, unless the process is stuck in the kernel."""
+OTHERS_SECONDS: Final = 6.0
+"""Other nodes look every second or so, and then take STACKS_SECONDS at most."""
 _POLL_SECONDS: Final = 0.1
 _NAMED: Final = 4
 """So many ranks are told of in the message; the rest are in the files."""
@@ -74,6 +76,16 @@ def save_stacks(attempt: Attempt, ranks: range, folder: Path) -> None:
         text = file.read_text(errors="replace") if file.exists() else ""
         head = f"rank {rank}: {doing}\nstate: {states[rank]}\n\n"
         write_atomically(attempt.folder / contract.RANK_STACKS.format(rank=rank), (head + text).encode())
+
+
+def await_stacks(attempt: Attempt, ranks: int) -> None:
+    """Until those of all `ranks` of the attempt are there: once a node kills its own, the others' leave by themselves.
+
+    In vain for a node that stands still as a whole.
+    """
+    end = time.monotonic() + OTHERS_SECONDS
+    while len(_stack_files(attempt)) < ranks and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
 
 
 def _living(standing: Standing | None) -> Standing | None:
