@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 INSTALLED = $(VENV)/.installed-$(shell (cat pyproject.toml; pwd) | cksum | cut -d' ' -f1)
 TESTABLE = $(subst .installed,.testable,$(INSTALLED))
+PEERS = $(VENV)-peers
 
 # make image: IMAGE=registry.example/opensloth:1.0 EXTRAS=train,gpu BASE_IMAGE=... (docker/README.md)
 IMAGE ?= localhost/opensloth:dev
@@ -41,10 +42,13 @@ bench: $(INSTALLED) ## time the preparation of data
 	$(BIN)/python benchmarks/prepare.py
 
 # BENCH_ARGS=--cases 0.5b,7b chooses among the cases; a second call goes on where the first stopped.
-bench-train: $(INSTALLED) ## time training beside the peers on one GPU, and draw it
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,gpu,unsloth,bench]'
-	$(BIN)/python benchmarks/train.py --results build/bench-train.json $(BENCH_ARGS)
-	$(BIN)/python benchmarks/plot.py build/bench-train.json build/bench-train.svg
+# The peers have pins of their own, so they get an environment of their own; without Unsloth the others are timed.
+bench-train: ## time training beside the peers on one GPU, and draw it
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -e '.[train,gpu,unsloth,bench]' || \
+	  $(PEERS)/bin/python -m pip install --quiet -e '.[train,gpu,bench]'
+	$(PEERS)/bin/python benchmarks/train.py --results build/bench-train.json $(BENCH_ARGS)
+	$(PEERS)/bin/python benchmarks/plot.py build/bench-train.json build/bench-train.svg
 
 image: ## build the training image, with docker where its daemon answers, else with buildah
 	$(BUILDER) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --build-arg EXTRAS=$(EXTRAS) \
@@ -69,4 +73,4 @@ $(TESTABLE): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(PEERS) build *.egg-info

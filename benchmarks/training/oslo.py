@@ -6,6 +6,7 @@ python -m training.oslo '{"assets": ..., "leg": ..., "steps": 200, "runs": FOLDE
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ POLL_SECONDS = 0.2
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `run` ends its launcher first
     asked = json.loads(sys.argv[1])
     assets = Assets(**{name: Path(path) for name, path in asked["assets"].items()})
     process.answer(run(assets, Path(asked["runs"]) / f"{time.time_ns()}", Leg(**asked["leg"]), asked["steps"]))
@@ -34,7 +36,11 @@ def run(assets: Assets, folder: Path, leg: Leg, timed: int) -> dict[str, Any]:
     started = time.time()
     with (folder / "launcher.out").open("wb") as out:
         launcher = subprocess.Popen([sys.executable, "-m", "opensloth.launch", str(folder)], stdout=out, stderr=out)
-        events = _follow(launcher, folder / "events.jsonl")
+        try:
+            events = _follow(launcher, folder / "events.jsonl")
+        finally:
+            launcher.terminate()  # nothing to a launcher that has ended; else it ends its ranks, and the GPU is free
+            launcher.wait()
     if launcher.returncode:
         log = folder / "attempts" / "1" / "rank-0.log"
         text = (log if log.exists() else folder / "launcher.out").read_text()
