@@ -143,8 +143,8 @@ class Bench:
                 record["turns"][str(turn)] = figures | about
         if failed := record.get("failed"):
             print(f"{label}: failed: {failed}", flush=True)
-        else:
-            print(f"{label}: {json.dumps(record['turns'].get(str(turn)))}", flush=True)
+        elif found := record["turns"].get(str(turn)):
+            print(f"{label}: {json.dumps(found)}", flush=True)
         self._results.write()
 
     def _reference(self, leg: Leg) -> Path:
