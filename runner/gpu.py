@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,17 +89,56 @@ def gpu_of_job(job: JobArgs) -> Gpu:
     return Gpu(name, product.mib * _MIB if product else None, "job.node_selector")
 
 
-def gpu_of_this_machine(environ: Mapping[str, str] = os.environ) -> Gpu | None:
-    """The smallest one; None: there is none, or its driver does not answer."""
-    if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+@dataclass(frozen=True)
+class _Installed:
+    index: str
+    uuid: str
+    mib: int
+    name: str
+
+
+def gpu_of_this_machine(devices: Sequence[int], environ: Mapping[str, str] = os.environ) -> Gpu | None:
+    """The smallest one of those that a run with these `opensloth.devices` takes.
+
+    Without a memory where it cannot be told which those are. None: there is none, or its driver does not answer.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
         return None
-    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    installed = _installed()
+    if not installed:
+        return None
+    listed = [card.index for card in installed] if visible is None else [part for part in visible.split(",") if part]
+    if max(devices) >= len(listed):  # the launcher will say so
+        return Gpu("", None, THIS_MACHINE)
+    by_bus = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    chosen = [_named(listed[device], installed, by_bus=by_bus) for device in devices]
+    known = [card for card in chosen if card is not None]
+    if visible is None and len(devices) == len(installed):
+        known = installed
+    elif len(known) < len(chosen):
+        return Gpu("", None, THIS_MACHINE)
+    smallest = min(known, key=lambda card: card.mib)
+    return Gpu(smallest.name, smallest.mib * _MIB, THIS_MACHINE)
+
+
+def _installed() -> list[_Installed]:
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,name", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
     except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.findall(r"(?m)^(\d+), (.+?)\s*$", done.stdout)
-    if not found:
-        return None
-    mib, name = min(found, key=lambda pair: int(pair[0]))
-    return Gpu(name, int(mib) * _MIB, THIS_MACHINE)
+        return []
+    found = re.findall(r"(?m)^(\d+), (\S+), (\d+), (.+?)\s*$", done.stdout)
+    return [_Installed(index, uuid, int(mib), name) for index, uuid, mib, name in found]
+
+
+def _named(device: str, installed: list[_Installed], *, by_bus: bool) -> _Installed | None:
+    """The card behind an entry of CUDA_VISIBLE_DEVICES; None: it cannot be told.
+
+    CUDA numbers the fastest first unless it is told to go by the bus, as nvidia-smi does.
+    """
+    if device.isdigit():
+        alike = len({(card.mib, card.name) for card in installed}) == 1
+        return next((card for card in installed if card.index == device), None) if by_bus or alike else None
+    found = [card for card in installed if card.uuid.startswith(device)]  # CUDA takes a uuid's beginning
+    return found[0] if len(found) == 1 else None

@@ -23,7 +23,7 @@ def gpu_of_cluster(loaded: LoadedFile) -> Gpu | None:
 
 def gpu_of_here(loaded: LoadedFile) -> Gpu | None:
     """None: this machine has no GPU, or the run uses none."""
-    return None if loaded.run.training.use_cpu else gpu_of_this_machine()
+    return None if loaded.run.training.use_cpu else gpu_of_this_machine(loaded.run.opensloth.devices)
 
 
 def with_prediction(plan: Plan, loaded: LoadedFile, gpu: Gpu | None, *, here: bool) -> Plan:

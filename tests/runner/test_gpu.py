@@ -77,17 +77,46 @@ def nvidia_smi(folder: Path, script: str) -> dict[str, str]:
     return {"PATH": f"{folder}:/bin:/usr/bin"}
 
 
-def test_this_machine_has_the_smallest_of_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = 'test "$1" = --query-gpu=memory.total,name && echo "81559, NVIDIA H100 80GB HBM3\n23034, NVIDIA L4"'
-    environ = nvidia_smi(tmp_path, script)
-    monkeypatch.setenv("PATH", environ["PATH"])
-    assert gpu_of_this_machine({}) == Gpu("NVIDIA L4", 23034 << 20, "this machine")
-    assert gpu_of_this_machine({"CUDA_VISIBLE_DEVICES": ""}) is None
+L4 = Gpu("NVIDIA L4", 23034 << 20, "this machine")
+T1000 = Gpu("NVIDIA T1000", 4096 << 20, "this machine")
+NOT_TOLD = Gpu("", None, "this machine")
+BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-@pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "echo '[N/A], Thor'"])
+@pytest.mark.parametrize(
+    ("devices", "environ", "gpu"),
+    [
+        ([0], BY_BUS, L4),
+        ([1], BY_BUS, T1000),
+        ([0, 1], {}, T1000),
+        ([0], {}, NOT_TOLD),  # CUDA has its own order
+        ([0], BY_BUS | {"CUDA_VISIBLE_DEVICES": "1,0"}, T1000),
+        ([1], BY_BUS | {"CUDA_VISIBLE_DEVICES": "1,0"}, L4),
+        ([0], {"CUDA_VISIBLE_DEVICES": "GPU-a1"}, L4),
+        ([0], {"CUDA_VISIBLE_DEVICES": "GPU-"}, NOT_TOLD),
+        ([0], {"CUDA_VISIBLE_DEVICES": "MIG-a1"}, NOT_TOLD),
+        ([2], BY_BUS, NOT_TOLD),
+        ([0], {"CUDA_VISIBLE_DEVICES": ""}, None),
+    ],
+)
+def test_the_smallest_of_the_gpus_that_the_run_takes(
+    devices: list[int], environ: dict[str, str], gpu: Gpu | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = "0, GPU-a1, 23034, NVIDIA L4\n1, GPU-b2, 4096, NVIDIA T1000"
+    script = f'test "$1" = --query-gpu=index,uuid,memory.total,name && echo "{cards}"'
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
+    assert gpu_of_this_machine(devices, environ) == gpu
+
+
+def test_cards_that_are_alike_need_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'echo "0, GPU-a1, 23034, NVIDIA L4\n1, GPU-b2, 23034, NVIDIA L4"'
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
+    assert gpu_of_this_machine([1], {}) == L4
+
+
+@pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "echo '0, GPU-1, [N/A], Thor'"])
 def test_a_machine_without_one(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
-    assert gpu_of_this_machine({}) is None
+    assert gpu_of_this_machine([0], {}) is None
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert gpu_of_this_machine({}) is None
+    assert gpu_of_this_machine([0], {}) is None

@@ -60,7 +60,7 @@ def local_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
     def install(line: str) -> None:
         command = tmp_path / "nvidia-smi"
-        command.write_text(f"#!/bin/sh\necho '{line}'\n")
+        command.write_text(f"#!/bin/sh\necho '0, GPU-1, {line}'\n")
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
