@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from opensloth.arithmetic import BatchShape
 from opensloth.errors import Problem
 from opensloth.human import human_duration
 from opensloth.memory_estimate import CONTEXT_BYTES, GIB, Batch, Estimate, Keep, Method, estimate, roomiest
@@ -29,6 +30,7 @@ _MOMENTS: Final = {
 """Bytes for each trained weight, with what a step makes of all of them at once (torch's own, unless fused: a root).
 Adafactor and SGD keep next to nothing; paged ones make room by themselves."""
 _RECOMPUTE: Final = "opensloth.fast_model_args.use_gradient_checkpointing"
+_ACCUMULATION: Final = "training.gradient_accumulation_steps"
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
     rate = case.rate(gpu, plan)
     changes: tuple[str, ...] = ()
     if gpu.memory is not None and not _fits(least, gpu.memory, rough):
-        changes = case.changes(gpu.memory, rough)
+        changes = case.changes(gpu.memory, rough, _Settings(config, plan.shape, quantises))
     return Prediction(
         gpu=gpu,
         why_not_fused=case.why_not_fused,
@@ -143,6 +145,31 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
         seconds=None if rate is None else _seconds(config, plan, rate),
         changes=changes,
     )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a change is said, so that the file with it is accepted and trains with the same batch."""
+
+    config: RunConfig
+    batch: BatchShape
+    quantises: bool
+
+    def allows(self, rows: int) -> bool:
+        size = self.config.training.global_batch_size
+        return size is None or size % (rows * self.batch.world) == 0
+
+    def with_rows(self, rows: int) -> str:
+        said = f"--set training.per_device_train_batch_size={rows}"
+        accumulation, rest = divmod(self.batch.per_device * self.batch.accumulation, rows)
+        derived = self.config.training.global_batch_size and _ACCUMULATION not in self.config.explicit
+        return said if rest or derived else f"{said} --set {_ACCUMULATION}={accumulation}"
+
+    def with_4_bits(self) -> str:
+        said = "--set opensloth.fast_model_args.load_in_4bit=true"
+        if self.config.opensloth.fast_model_args.load_in_8bit:
+            said += " --set opensloth.fast_model_args.load_in_8bit=false"
+        return said if self.quantises else f"{said} (after `pip install 'opensloth[gpu]'`)"
 
 
 @dataclass(frozen=True)
@@ -213,9 +240,9 @@ class _Case:
         step = Step(batch, plan.shape.accumulation, document)
         return tokens_per_second(self.shape, self.method, step, self.choose(gpu.memory), gpu.product.card)
 
-    def changes(self, memory: int, rough: bool) -> tuple[str, ...]:
+    def changes(self, memory: int, rough: bool, settings: _Settings) -> tuple[str, ...]:
         """What would make it fit: each way alone, else all of them together."""
-        ways = self._ways(memory, rough)
+        ways = self._ways(memory, rough, settings)
         alone = [said for said, case in ways if _fits(case.least, memory, rough)]
         if alone or len(ways) < 2:
             return tuple(alone)
@@ -225,18 +252,20 @@ class _Case:
         said = " ".join(said for said, _ in ways)
         return (f"together {said}",) if _fits(together.least, memory, rough) else ()
 
-    def _ways(self, memory: int, rough: bool) -> list[tuple[str, _Case]]:
+    def _ways(self, memory: int, rough: bool, settings: _Settings) -> list[tuple[str, _Case]]:
         ways = []
         whole = _every_keep(fused=self.method.fused)
         if self.keeps[-1] is not whole[-1]:
             ways.append((f"--set {_RECOMPUTE}=unsloth", replace(self, keeps=whole)))
-        fewer = [replace(self, rows=rows) for rows in range(self.rows - 1, 0, -1)]
+        fewer = [replace(self, rows=rows) for rows in range(self.rows - 1, 0, -1) if settings.allows(rows)]
         if fewer:
             case = next((case for case in fewer if _fits(case.least, memory, rough)), fewer[-1])
-            ways.append((f"--set training.per_device_train_batch_size={case.rows}", case))
+            ways.append((settings.with_rows(case.rows), case))
         if not self.method.is_full and self.method.bits > 4:
             four = replace(self, method=replace(self.method, bits=4))
-            ways.append(("--set opensloth.fast_model_args.load_in_4bit=true", four))
+            # without 8 bits the fast path may train it, whose estimate is exact
+            if not settings.config.opensloth.fast_model_args.load_in_8bit or _fits(four.least, memory, rough=False):
+                ways.append((settings.with_4_bits(), four))
         if self.method.is_full:
             adapter = replace(self.method, rank=LoraArgs().r, targets=LORA_TARGETS)
             ways.append(("--set opensloth.fast_model_args.full_finetuning=false", replace(self, method=adapter)))

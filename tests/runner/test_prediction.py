@@ -150,6 +150,13 @@ def proposals(answer: Answer) -> list[list[str]]:
         (SIXTEEN_BITS | {"use_gradient_checkpointing": True}, {"per_device_train_batch_size": 32}, "20Gi"),
         (SIXTEEN_BITS, {"per_device_train_batch_size": 64}, "9Gi"),
         ({"full_finetuning": True}, {}, "40Gi"),
+        (SIXTEEN_BITS, {"per_device_train_batch_size": 64, "global_batch_size": 64}, "24Gi"),
+        (
+            SIXTEEN_BITS,
+            {"per_device_train_batch_size": 64, "global_batch_size": 64, "gradient_accumulation_steps": 1},
+            "24Gi",
+        ),
+        (SIXTEEN_BITS | {"load_in_8bit": True}, {"per_device_train_batch_size": 1}, "8100Mi"),
     ],
 )
 def test_every_way_that_is_named_makes_it_fit(
@@ -168,6 +175,24 @@ def test_every_way_that_is_named_makes_it_fit(
                 setting, _, rows = option.removeprefix("--set ").partition("=")
                 larger = oslo("validate", "--cluster", file, "--set", f"{setting}={int(rows) + 1}")
                 assert larger.code == 2, "it is the largest that fits"
+
+
+def test_fewer_rows_keep_the_batch(oslo: Oslo, write: Callable[..., Path]) -> None:
+    training = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 23}
+    answer = oslo("validate", "--cluster", write(SIXTEEN_BITS, training=training, gpu_memory="24Gi"))
+    assert ["--set training.per_device_train_batch_size=23", "--set training.gradient_accumulation_steps=64"] in (
+        proposals(answer)
+    )
+
+
+def test_four_bits_need_their_package(
+    oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.commands.predicting._has_bitsandbytes", lambda: False)
+    local_gpu("8192, NVIDIA L4")
+    answer = oslo("submit", write({}), "--local", steps=1)
+    assert answer.code == 2
+    assert "load_in_4bit=true (after `pip install 'opensloth[gpu]'`)" in answer.err
 
 
 def test_submit_refuses_and_gives_way_to_force(
