@@ -136,6 +136,18 @@ def _bits(quantization: object) -> int:
     raise ValueError("its weights are quantised in a way that training does not know")
 
 
+def _reason_against_precision(quantization: object) -> str | None:
+    """Where a list of modules that stay in 16 bits is given, the head has to be in it, and no layer's matrix."""
+    skipped = quantization.get("llm_int8_skip_modules") if isinstance(quantization, Mapping) else None
+    if not isinstance(skipped, list) or not skipped:
+        return None
+    last = {str(name).rpartition(".")[2] for name in skipped}
+    if "lm_head" not in last:
+        return "its head is quantised"
+    whole = last & {"self_attn", "mlp"} or any(name.endswith("_proj") for name in last)
+    return "only some of its linear layers are in 4 bits" if whole else None
+
+
 def _reason_against_fused(config: Mapping[str, Any], head: int) -> str | None:
     """As `opensloth.fused.support` says it of the model in memory."""
     family, act = str(config.get("model_type")), str(config.get("hidden_act", "silu"))
@@ -153,4 +165,4 @@ def _reason_against_fused(config: Mapping[str, Any], head: int) -> str | None:
         return "it has no attention dropout"
     if config.get("mlp_bias") or config.get("attention_bias"):
         return "it has no biases behind attention and MLP"
-    return None
+    return _reason_against_precision(config.get("quantization_config"))

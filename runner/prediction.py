@@ -55,10 +55,12 @@ class Prediction:
 
     @property
     def fits(self) -> bool | None:
-        """None: there is nothing to compare it with."""
+        """None: there is nothing to compare it with, or it is not good enough to say no."""
         if self.gpu.memory is None:
             return None
-        return _fits(self.smallest[1], self.gpu.memory, self.is_rough) or not self.may_refuse
+        if _fits(self.smallest[1], self.gpu.memory, self.is_rough):
+            return True
+        return False if self.may_refuse else None
 
     @property
     def problem(self) -> Problem | None:
@@ -138,7 +140,7 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
         why_not_fused=case.why_not_fused,
         is_rough=rough,
         is_counted=plan.data is not None,
-        may_refuse=config.opensloth.sequence_packing,
+        may_refuse=config.opensloth.sequence_packing and not _may_be_windowed(config, shape),
         expected=(expected, case.with_keep(expected)),
         smallest=(case.keeps[-1], least),
         tokens_per_second=rate,
@@ -319,7 +321,6 @@ def _computes_in_bfloat16(config: RunConfig, gpu: Gpu) -> bool:
 def _why_not_fused(config: RunConfig, shape: ModelShape, gpu: Gpu) -> str | None:
     """What can be told before the model is loaded of what `opensloth.engine` will say."""
     opensloth, adapter = config.opensloth, config.opensloth.lora_args
-    longest = opensloth.fast_model_args.max_seq_length
     if opensloth.engine == "torch":
         return "asked for"
     if not _computes_in_bfloat16(config, gpu):
@@ -330,7 +331,7 @@ def _why_not_fused(config: RunConfig, shape: ModelShape, gpu: Gpu) -> str | None
         return "its linear layers are in 8 bits"
     if shape.reason_against_fused:
         return f"the fast path cannot: {shape.reason_against_fused}"
-    if shape.window is not None and shape.window < longest:
+    if _may_be_windowed(config, shape):
         return f"documents may be longer than the attention window of {shape.window}"
     if adapter is None:
         return None
@@ -339,6 +340,11 @@ def _why_not_fused(config: RunConfig, shape: ModelShape, gpu: Gpu) -> str | None
     if adapter.bias != "none" or not set(adapter.selected_modules()) <= set(LORA_TARGETS):
         return "the adapter trains more than the fast path knows"
     return None
+
+
+def _may_be_windowed(config: RunConfig, shape: ModelShape) -> bool:
+    """Whether a document as long as a row would be longer than the attention's window: the engine goes by documents."""
+    return shape.window is not None and shape.window < config.opensloth.fast_model_args.max_seq_length
 
 
 def _fits(least: Estimate, memory: int, rough: bool) -> bool:

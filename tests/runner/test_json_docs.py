@@ -61,7 +61,7 @@ PLAN = {
 }
 PREDICTION = {
     "gpu": "name, memory, from: who said so; null where nobody did",
-    "fits": "null: there is nothing to compare with",
+    "fits": "null: there is nothing to compare with, or it is too rough to say no",
     "rough": "whether it is an estimate of plain torch, or with an adapter that was not looked at",
     "why_not_fused": "why plain torch will train it; null: the fast path will",
     "context": "what CUDA takes before the first tensor, beside every peak",

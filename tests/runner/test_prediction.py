@@ -302,7 +302,22 @@ def test_defaults_that_give_way_here_are_counted_as_what_they_give_way_to(
 def test_unpacked_rows_are_never_refused(oslo: Oslo, write: Callable[..., Path]) -> None:
     """They are as long as their documents, which nobody has counted."""
     file = write(SIXTEEN_BITS, gpu_memory="1Gi")
-    assert oslo("validate", "--cluster", file, "--set", "opensloth.sequence_packing=false").code == 0
+    answer = oslo("validate", "--cluster", file, "--set", "opensloth.sequence_packing=false", "-o", "json")
+    assert answer.code == 0, answer.err
+    assert answer.json()["plan"]["prediction"]["fits"] is None
+
+
+def test_a_window_shorter_than_a_row_is_no_reason_to_refuse(oslo: Oslo, write: Callable[..., Path]) -> None:
+    """What counts is the longest document, which nobody has looked for yet."""
+    file = write(SIXTEEN_BITS, gpu_memory="1Gi")
+    windowed = QWEN["7b"] | {"use_sliding_window": True, "sliding_window": 1024}
+    (file.parent / "seven" / "config.json").write_text(json.dumps(windowed))
+    answer = oslo("validate", "--cluster", file, "-o", "json")
+    assert answer.code == 0, answer.err
+    found = answer.json()["plan"]["prediction"]
+    assert (found["fits"], found["why_not_fused"]) == (
+        None, "documents may be longer than the attention window of 1024",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

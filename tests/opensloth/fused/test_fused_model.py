@@ -26,6 +26,7 @@ from opensloth.fused.objective import FusedObjective
 from opensloth.fused.support import reason_against, reason_against_model
 from opensloth.memory_estimate import Keep
 from opensloth.model import attach_adapter, base_of, trainable_parameters
+from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective, accumulate_gradients
 
@@ -324,6 +325,8 @@ def test_models_in_four_bits(
     monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
     model = four_bit_model("llama", tmp_path, skipped=skipped)
     assert reason_against(model, packed=True, longest_document=64, autocast=None) == reason
+    foreseen = base_of(model).config.to_dict() | {"head_dim": 64}
+    assert ModelShape.from_config(foreseen).reason_against_fused == reason
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
