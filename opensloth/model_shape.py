@@ -149,7 +149,7 @@ def _reason_against_precision(quantization: object) -> str | None:
 
 
 def _reason_against_fused(config: Mapping[str, Any], head: int) -> str | None:
-    """As `opensloth.fused.support` says it of the model in memory."""
+    """Of the architecture alone: the window goes by the documents, and adapters are looked at where they are."""
     family, act = str(config.get("model_type")), str(config.get("hidden_act", "silu"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = str(rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope)

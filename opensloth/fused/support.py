@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from opensloth.model import base_of
-from opensloth.model_shape import EXACT, HEAD_SIZES, STEADY_ROPES
+from opensloth.model_shape import EXACT, ModelShape
 from opensloth.opensloth_config import LORA_TARGETS
 
 FOUR_BITS = "Linear4bit"
@@ -42,28 +42,12 @@ def _machine(model: nn.Module, packed: bool, autocast: torch.dtype | None) -> st
 def reason_against_model(model: nn.Module, longest_document: int) -> str | None:
     """Why the architecture is not one that the fast path knows; None when it is."""
     config: Any = base_of(model).config
-    window = getattr(config, "sliding_window", None) if _windowed(config) else None
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.model_type not in EXACT:
         return f"it does not know {config.model_type} models"
-    if config.hidden_act != "silu":
-        return f"it has no {config.hidden_act} activation"
-    if head not in HEAD_SIZES:
-        return f"it has no heads of {head}"
-    if rope not in STEADY_ROPES:
-        return f"it has no {rope} rotary embedding"
-    if window is not None and window < longest_document:
-        return f"documents of up to {longest_document} tokens are longer than the attention window of {window}"
-    if getattr(config, "attention_dropout", 0):
-        return "it has no attention dropout"
-    if getattr(config, "mlp_bias", False) or getattr(config, "attention_bias", False):
-        return "it has no biases behind attention and MLP"
-    return None
-
-
-def _windowed(config: Any) -> bool:
-    return getattr(config, "use_sliding_window", True)
+    shape = ModelShape.from_config(config.to_dict())
+    if shape.reason_against_fused is None and shape.window is not None and shape.window < longest_document:
+        return f"documents of up to {longest_document} tokens are longer than the attention window of {shape.window}"
+    return shape.reason_against_fused
 
 
 def _adapters(model: nn.Module) -> str | None:

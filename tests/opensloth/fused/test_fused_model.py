@@ -299,7 +299,7 @@ def test_adapters_that_it_does_not_know(
     settings: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
-    monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
+    monkeypatch.setattr("opensloth.model_shape.HEAD_SIZES", {8})
     full, half = settings.pop("full", False), settings.pop("half", False)
     model = tiny.make_model("llama") if full else model_of("llama", **settings)
     if full == "some":
@@ -322,10 +322,10 @@ def test_models_in_four_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: list[str] | None, reason: str | None
 ) -> None:
     monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
-    monkeypatch.setattr("opensloth.fused.support.HEAD_SIZES", {8})
+    monkeypatch.setattr("opensloth.model_shape.HEAD_SIZES", {8})
     model = four_bit_model("llama", tmp_path, skipped=skipped)
     assert reason_against(model, packed=True, longest_document=64, autocast=None) == reason
-    foreseen = base_of(model).config.to_dict() | {"head_dim": 64}
+    foreseen = base_of(model).config.to_dict()
     assert ModelShape.from_config(foreseen).reason_against_fused == reason
 
 
