@@ -15,8 +15,8 @@ from opensloth.dist import is_launched
 from opensloth.errors import ConfigError, Problem
 from opensloth.opensloth_config import OpenSlothConfig, TrainingArguments
 from opensloth.run_config import RunConfig
+from opensloth.training_keys import PLAIN_OPTIMIZER, needs_bitsandbytes
 
-PLAIN_OPTIMIZER = "adamw_torch"
 _RECOMPUTE = "opensloth.fast_model_args.use_gradient_checkpointing"
 
 
@@ -93,7 +93,7 @@ def _quantised(opensloth: OpenSlothConfig, training: TrainingArguments) -> list[
         found.append(("opensloth.fast_model_args.load_in_4bit", "4-bit loading"))
     if model.load_in_8bit:
         found.append(("opensloth.fast_model_args.load_in_8bit", "8-bit loading"))
-    if any(mark in training.optim for mark in ("8bit", "paged", "bnb")):
+    if needs_bitsandbytes(training.optim):
         found.append(("training.optim", training.optim))
     return found
 

@@ -148,6 +148,15 @@ REFUSED: Final[dict[str, str]] = {
 """name: what to use instead, or why it cannot be."""
 
 
+PLAIN_OPTIMIZER = "adamw_torch"
+"""What takes the place of a default that cannot be had."""
+
+
+def needs_bitsandbytes(optimizer: str) -> bool:
+    """On CUDA, by transformers' name of it."""
+    return any(mark in optimizer for mark in ("8bit", "paged", "bnb"))
+
+
 def refusal_of_transformers_key(key: str, value: object) -> str | None:
     """Say why `key` cannot be `value`.
 

@@ -14,6 +14,7 @@ from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
 from opensloth.speed_estimate import Step, tokens_per_second
+from opensloth.training_keys import PLAIN_OPTIMIZER, needs_bitsandbytes
 from runner.gpu import THIS_MACHINE, Gpu
 
 if TYPE_CHECKING:
@@ -301,8 +302,8 @@ def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quan
         asked = 4 if args.load_in_4bit and quantises else 8 if args.load_in_8bit and quantises else bits
         bits = min(asked, shape.bits if shape.bits < 16 else bits)
     optimizer = config.training.optim
-    if not quantises and any(mark in optimizer for mark in ("8bit", "paged", "bnb")):
-        optimizer = "adamw_torch"  # as opensloth.hardware has it
+    if not quantises and needs_bitsandbytes(optimizer):
+        optimizer = PLAIN_OPTIMIZER
     return Method(
         rank=0 if args.full_finetuning else adapter.r,
         targets=() if args.full_finetuning else tuple(adapter.selected_modules()),
