@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from opensloth.memory_estimate import GIB
 from opensloth.speed_estimate import Card
 from runner.quantities import parse_quantity
 from runner.spec import JobArgs
@@ -71,10 +70,6 @@ class Gpu:
         if " MIG " in words:  # a slice
             return None
         return next((product for part, product in _PRODUCTS if re.search(rf"\b{part}\b", words)), None)
-
-    def __str__(self) -> str:
-        size = f"{self.memory / GIB:.1f} GiB" if self.memory else ""
-        return ", ".join(part for part in (self.name, size) if part)
 
 
 def gpu_of_job(job: JobArgs) -> Gpu:

@@ -110,13 +110,11 @@ def outcome(case: Case, results: Results) -> Outcome:
     bound = case.bound_gib
     if bound == "peer":
         bound = peak(results.figures(peer)) if peer else None
-    fitting = [leg for leg in case.own if bound is None or peak(results.figures(leg) or [_NONE]) <= float(bound)]
+    measured = [leg for leg in case.own if results.figures(leg)]
+    fitting = [leg for leg in measured if bound is None or peak(results.figures(leg)) <= float(bound)]
     own = best(results, fitting, rate)
     value = rate(results.figures(own)) / rate(results.figures(peer)) if own and peer else None
     return Outcome(own, peer, value)
-
-
-_NONE = {"peak_gib": 0.0}
 
 
 def verdict(case: Case, value: float | None, bar: float | None) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from training.cases import CASES, DEFAULT
 from training.legs import Leg
 from training.results import Results, is_due, outcome, queue, verdict

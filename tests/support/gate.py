@@ -6,26 +6,15 @@ from typing import Any
 
 from measured import at_least, at_most
 from torch import Tensor
-
-COSINE, NORM = 0.999, 0.01
+from training.gradient import COSINE, NORM, agreement, judged
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
     return {n: p.grad.float().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def agreement(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
-    """(cosine, norm of found / norm of expected) of the whole gradients."""
-    assert found.keys() == expected.keys()
-    pairs = [(found[name].double(), expected[name].double()) for name in expected]
-    dot = sum(float((one * other).sum()) for one, other in pairs)
-    one, other = (sum(float(pair[i].square().sum()) for pair in pairs) ** 0.5 for i in (0, 1))
-    return dot / (one * other), one / other
-
-
 def passes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    cosine, norm = agreement(found, expected)
-    return cosine > COSINE and abs(norm - 1) < NORM
+    return bool(judged(found, expected)["passed"])
 
 
 def require(claim: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
