@@ -14,13 +14,18 @@ _PAUSE_SECONDS: Final = 1.0
 Answer = TypeVar("Answer")
 
 
-def patiently(call: Callable[[], Answer], seconds: float, report: Callable[[str], None]) -> Answer:
-    """Call until there is an answer, at most for `seconds`. report: hears of a first miss."""
+def patiently(
+    call: Callable[[], Answer],
+    seconds: float,
+    report: Callable[[str], None],
+    miss: type[UnreachableError] = UnreachableError,
+) -> Answer:
+    """Call until there is an answer, at most for `seconds`. report: hears of a first miss; miss: what is one."""
     end, said = time.monotonic() + seconds, False
     while True:
         try:
             return call()
-        except UnreachableError as error:
+        except miss as error:
             if time.monotonic() >= end:
                 raise
             if not said:

@@ -48,7 +48,7 @@ def cluster_backend(access: Access) -> KubernetesBackend:
     from runner.cluster import KubernetesBackend  # 0.3 s that local runs need not pay
     from runner.kube.api import Cluster
 
-    return KubernetesBackend(Cluster.connect(access), output.say)
+    return KubernetesBackend(Cluster.connect(access, output.say), output.say)
 
 
 def _here_or_there(now: Settings, job: str, here: str) -> tuple[Backend, str]:

@@ -67,7 +67,7 @@ def load_for_cluster(file: Path, sets: tuple[str, ...]) -> tuple[LoadedFile, Clu
     access = now.access_for(loaded.job.context, loaded.job.namespace)
     if now.access.namespace:
         loaded = replace(loaded, job=loaded.job.model_copy(update={"namespace": now.access.namespace}))
-    return loaded, Cluster.connect(access)
+    return loaded, Cluster.connect(access, output.say)
 
 
 def _choose_run(backend: KubernetesBackend, base: str, loaded: LoadedFile, fresh: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,7 +19,8 @@ from kubernetes.config.kube_config import KubeConfigMerger
 
 from runner.errors import ClusterError
 from runner.kube.access import TOKEN_DIR, Access, in_cluster
-from runner.kube.errors import MissingError, explain
+from runner.kube.errors import MissingError, WebhookError, explain
+from runner.patience import patiently
 
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 60
@@ -27,6 +28,8 @@ READ_SECONDS: Final = 60
 GET_SECONDS: Final = 30
 SILENCE_SECONDS: Final = 60
 """A followed log that says nothing for so long is asked for again: a lost connection shows no other sign."""
+WEBHOOK_SECONDS: Final = 60.0
+"""How long a change waits for a webhook that does not answer: while an operator is replaced, none does."""
 _RETRIES: Final = 3
 _VERB: Final = {"POST": "create", "GET": "get", "DELETE": "delete", "PATCH": "patch"}
 Manifest = dict[str, Any]
@@ -60,14 +63,16 @@ class _Retry(urllib3.Retry):  # type: ignore[misc]
 class Cluster:
     """Requests to one namespace. Every error is a ClusterError that says what was asked for, and where."""
 
-    def __init__(self, api_client: client.ApiClient, namespace: str) -> None:
+    def __init__(self, api_client: client.ApiClient, namespace: str, say: Callable[[str], None]) -> None:
+        """say: hears what a request waits for."""
         self.api_client = api_client
         self.namespace = namespace
+        self._say = say
         self.requests = 0
         """How many were sent."""
 
     @classmethod
-    def connect(cls, access: Access) -> Cluster:
+    def connect(cls, access: Access, say: Callable[[str], None]) -> Cluster:
         """Read the kubeconfig, or a pod's own credentials. Sends nothing.
 
         Raises ClusterError when there are neither, or the context is not there.
@@ -96,7 +101,7 @@ class Cluster:
             _RETRIES, connect=1, read=1, backoff_factor=0.2, status_forcelist=(429, 503), raise_on_status=False
         )
         settings.connection_pool_maxsize = 16
-        return cls(client.ApiClient(settings), access.namespace or namespace or "default")
+        return cls(client.ApiClient(settings), access.namespace or namespace or "default", say)
 
     @property
     def where(self) -> str:
@@ -194,8 +199,11 @@ class Cluster:
         body: Manifest | None = None,
         verb: str | None = None,
     ) -> Manifest:
-        response = self._send(method, self._path(resource, name), query or [], body, resource.plural, verb)
-        return self._parsed(self._data(response, verb or _VERB[method], resource.plural))
+        def answer() -> Manifest:
+            response = self._send(method, self._path(resource, name), query or [], body, resource.plural, verb)
+            return self._parsed(self._data(response, verb or _VERB[method], resource.plural))
+
+        return patiently(answer, WEBHOOK_SECONDS, self._say, WebhookError)
 
     def _data(self, response: urllib3.HTTPResponse, verb: str, resource: str) -> bytes:
         """The whole body, which may break off after the head has come."""

@@ -7,6 +7,7 @@ ClusterError (runner.errors)
 ├── RefusedError       the object is not valid, or a policy forbids it
 └── UnreachableError   no answer from the API server (runner.errors)
     └── UnavailableError   it answers that it cannot now, or cannot reach the node that a log or a command is on
+        └── WebhookError   it cannot reach a webhook that has to agree: nothing was changed
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class RefusedError(ClusterError):
 
 
 class UnavailableError(UnreachableError):
+    pass
+
+
+class WebhookError(UnavailableError):
     pass
 
 
@@ -79,6 +84,9 @@ def _refused(error: ApiException, verb: str, resource: str, what: str) -> Cluste
         return ConflictError(f"{what}: {says}")
     if error.status in (400, 403, 422):
         return RefusedError(f"the cluster refuses to {what}: {says}")
+    if "failed calling webhook" in says:
+        hint = "does the one that it belongs to run? That is for the cluster's admin to see"
+        return WebhookError(f"{what}: a webhook of the cluster does not answer: {says}", hint)
     said = f"{what}: the cluster answered {error.status}: {says}"
     if error.status == 429 or error.status >= 500:
         return UnavailableError(said, "try again; if it stays so, ask the cluster's admin")

@@ -73,12 +73,12 @@ class Namespace:
     def cluster(self, account: str) -> Cluster:
         """As a service account."""
         token = kubectl("-n", self.name, "create", "token", account, "--duration=1h").strip()
-        cluster = Cluster.connect(Access(KUBECONFIG, None, self.name))
+        cluster = Cluster.connect(Access(KUBECONFIG, None, self.name), print)
         settings = cluster.api_client.configuration
         settings.cert_file = settings.key_file = None
         settings.api_key = {"authorization": token}
         settings.api_key_prefix = {"authorization": "Bearer"}
-        return Cluster(type(cluster.api_client)(settings), self.name)
+        return Cluster(type(cluster.api_client)(settings), self.name, print)
 
     def start(self, cluster: Cluster) -> HelperPod:
         name = f"oslo-helper-{secrets.token_hex(4)}"

@@ -15,7 +15,7 @@ from kubernetes import client
 from runner.errors import ClusterError
 from runner.kube.access import Access
 from runner.kube.api import JOBS, Cluster
-from runner.kube.errors import UnavailableError, UnreachableError
+from runner.kube.errors import UnavailableError, UnreachableError, WebhookError
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def answering(body: bytes, promised: int | None = None) -> Iterator[Cluster]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
         with client.ApiClient(settings) as api_client:
-            yield Cluster(api_client, "oslo")
+            yield Cluster(api_client, "oslo", print)
         server.shutdown()
 
 
@@ -66,19 +66,19 @@ def test_a_kubeconfig_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config"
     file.write_text(text)
     with pytest.raises(ClusterError, match="the kubeconfig cannot be") as caught:
-        Cluster.connect(Access(kubeconfig=str(file)))
+        Cluster.connect(Access(kubeconfig=str(file)), print)
     assert str(file) in caught.value.hint
 
 
 def test_a_name_stays_one_part_of_the_path() -> None:
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:1")) as api_client:
-        path = Cluster(api_client, "oslo")._path(JOBS, "a/b?c-0123abcd")
+        path = Cluster(api_client, "oslo", print)._path(JOBS, "a/b?c-0123abcd")
     assert path.endswith("/namespaces/oslo/pytorchjobs/a%2Fb%3Fc-0123abcd")
 
 
 @contextmanager
-def api_server(tmp_path: Path, *answers: int | None) -> Iterator[tuple[Cluster, list[str]]]:
-    """By way of a kubeconfig. answers: status codes; None: says nothing. Yields what the requests said, too."""
+def api_server(tmp_path: Path, *answers: int | str | None) -> Iterator[tuple[Cluster, list[str]]]:
+    """By way of a kubeconfig. answers: codes; texts that a 500 says; None: silence. Yields what it was sent."""
     heard: list[str] = []
     left, done = iter(answers), threading.Event()
 
@@ -91,11 +91,12 @@ def api_server(tmp_path: Path, *answers: int | None) -> Iterator[tuple[Cluster, 
                 done.wait(5)
                 self.close_connection = True
                 return
-            self.send_response(status)
+            body = json.dumps({"message": status} if isinstance(status, str) else {}).encode()
+            self.send_response(500 if isinstance(status, str) else status)
             self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "2")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(body)
 
         do_GET = do_POST = do_PATCH = answer
 
@@ -112,7 +113,7 @@ def api_server(tmp_path: Path, *answers: int | None) -> Iterator[tuple[Cluster, 
             "users": [{"name": "u", "user": {"tokenFile": "token"}}],
         }
         (tmp_path / "config").write_text(json.dumps(kubeconfig))
-        cluster = Cluster.connect(Access(kubeconfig=str(tmp_path / "config")))
+        cluster = Cluster.connect(Access(kubeconfig=str(tmp_path / "config")), print)
         with cluster.api_client:
             yield cluster, heard
         done.set()
@@ -149,3 +150,30 @@ def test_a_silent_server_is_asked_twice(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(UnreachableError):
             cluster.get(JOBS, "x")
         assert len(heard) == 2
+
+
+LOST_WEBHOOK = 'Internal error occurred: failed calling webhook "validator.x": dial tcp 10.96.1.2:443: no route to host'
+
+
+@pytest.mark.filterwarnings("ignore:HTTPResponse.getheaders")
+@pytest.mark.enable_socket
+def test_a_webhook_that_is_being_replaced_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runner.patience._PAUSE_SECONDS", 0.001)
+    with api_server(tmp_path, LOST_WEBHOOK, LOST_WEBHOOK, 200) as (cluster, heard):
+        assert cluster.create(JOBS, {}) == {}
+        assert len(heard) == 3
+    said = capsys.readouterr().out
+    assert said.count("a webhook of the cluster does not answer") == 1
+    assert said.endswith("no route to host; trying again\n")
+
+
+@pytest.mark.filterwarnings("ignore:HTTPResponse.getheaders")
+@pytest.mark.enable_socket
+def test_a_webhook_that_stays_away_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.kube.api.WEBHOOK_SECONDS", 0)
+    with api_server(tmp_path, LOST_WEBHOOK) as (cluster, heard):
+        with pytest.raises(WebhookError, match="no route to host"):
+            cluster.create(JOBS, {})
+        assert len(heard) == 1

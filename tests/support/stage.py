@@ -162,6 +162,7 @@ def prepare_namespace(folder: Path) -> Path:
     operator = str(REPOSITORY / "k8s" / "operator")
     kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=oslo", "-k", operator)
     kubectl("-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
+    await_webhook()
     overlay = folder / "overlay"
     overlay.mkdir()
     base = os.path.relpath(REPOSITORY / "k8s" / "overlays" / "dev", overlay)
@@ -170,6 +171,25 @@ def prepare_namespace(folder: Path) -> Path:
     kubectl("apply", "-f", "-", given=manifest)
     kubectl("-n", NAMESPACE, "delete", "pytorchjobs,pods,resourcequotas", "--all", "--wait=true")
     return submitter_kubeconfig(folder / "kubeconfig")
+
+
+def await_webhook() -> None:
+    """Until the operator's webhook has answered three times in a row.
+
+    For some seconds after its pod has been replaced, the way to the service may still lead to the pod that is gone.
+    """
+    job = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": "webhook-probe"},
+        "spec": {"pytorchReplicaSpecs": {}},
+    }
+    end, answered = time.monotonic() + 120, 0
+    while answered < 3:
+        assert time.monotonic() < end, "the operator's webhook does not answer"
+        said = kubectl("create", "--dry-run=server", "-f", "-", given=job, check=False)
+        answered = answered + 1 if "created" in said else 0
+        time.sleep(0.5)
 
 
 def submitter_kubeconfig(path: Path) -> Path:
