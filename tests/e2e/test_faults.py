@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 import yaml
-from stage import CLAIM, NAMESPACE, OnCluster, write_job
+from kubectl import kubectl
+from stage import CLAIM, NAMESPACE, OnCluster, await_webhook, write_job
 
 from runner.helper_pod import helper_pod
 
@@ -451,6 +452,35 @@ def fill(file: Path) -> None:
         while True:
             stream.write(b"x" * (1 << 20))
             stream.flush()
+
+
+# --- the operator --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_operator() -> Iterator[None]:
+    """Away, as while it is replaced or its node is drained."""
+    deployment = ("-n", "kubeflow", "deployment/training-operator")
+    kubectl("scale", *deployment, "--replicas=0")
+    kubectl("-n", "kubeflow", "wait", "pods", "-l", "control-plane=kubeflow-training-operator", "--for=delete")
+    try:
+        yield
+    finally:
+        kubectl("scale", *deployment, "--replicas=1")
+        kubectl("rollout", "status", *deployment, "--timeout=180s")
+        await_webhook()
+
+
+def test_the_operator_is_away_during_a_submit(cluster: OnCluster, model: Path, tmp_path: Path) -> None:
+    with no_operator():
+        submitting = cluster.start("submit", write_job(tmp_path, model), *cluster.flags, "-y")
+        assert submitting.stderr is not None
+        said = next(line for line in submitting.stderr if "a webhook of the cluster does not answer" in line)
+        assert said.endswith("; trying again\n")
+        assert submitting.poll() is None
+    out, err = submitting.communicate(timeout=120)
+    assert submitting.returncode == 0, err
+    assert cluster.oslo("wait", out.splitlines()[-1]).code == 0
 
 
 # --- what never starts ---------------------------------------------------------------------------------
