@@ -18,6 +18,7 @@ MEMORY_LABEL: Final = "nvidia.com/gpu.memory"
 """What NVIDIA's feature discovery puts on nodes: the name with '-' for spaces, and MiB."""
 THIS_MACHINE: Final = "this machine"
 _MIB: Final = 1 << 20
+_AMPERE: Final = 8
 _SECONDS: Final = 10
 
 
@@ -58,11 +59,15 @@ _PRODUCTS: Final = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """name: "" when it is not known. memory: bytes; None: not known. source: who said so."""
+    """name: "" when it is not known. memory: bytes; None: not known. source: who said so.
+
+    generation: of its compute capability the number before the point; None: not known.
+    """
 
     name: str
     memory: int | None
     source: str
+    generation: int | None = None
 
     @property
     def product(self) -> Product | None:
@@ -70,6 +75,13 @@ class Gpu:
         if " MIG " in words:  # a slice
             return None
         return next((product for part, product in _PRODUCTS if re.search(rf"\b{part}\b", words)), None)
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """Taken for granted of one that is not known."""
+        if self.generation is not None:
+            return self.generation >= _AMPERE
+        return self.product is None or self.product.card is not None
 
 
 def gpu_of_job(job: JobArgs) -> Gpu:
@@ -89,6 +101,7 @@ class _Installed:
     index: str
     uuid: str
     mib: int
+    generation: int
     name: str
 
 
@@ -114,17 +127,17 @@ def gpu_of_this_machine(devices: Sequence[int], environ: Mapping[str, str] = os.
     elif len(known) < len(chosen):
         return Gpu("", None, THIS_MACHINE)
     smallest = min(known, key=lambda card: card.mib)
-    return Gpu(smallest.name, smallest.mib * _MIB, THIS_MACHINE)
+    return Gpu(smallest.name, smallest.mib * _MIB, THIS_MACHINE, smallest.generation)
 
 
 def _installed() -> list[_Installed]:
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,name", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,compute_cap,name", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return []
-    found = re.findall(r"(?m)^(\d+), (\S+), (\d+), (.+?)\s*$", done.stdout)
-    return [_Installed(index, uuid, int(mib), name) for index, uuid, mib, name in found]
+    found = re.findall(r"(?m)^(\d+), (\S+), (\d+), (\d+)\.\d+, (.+?)\s*$", done.stdout)
+    return [_Installed(index, uuid, int(mib), int(generation), name) for index, uuid, mib, generation, name in found]
 
 
 def _named(device: str, installed: list[_Installed], *, by_bus: bool) -> _Installed | None:

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import Request
 
 _NAME: Final = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SECONDS: Final = 3.0
@@ -40,6 +41,14 @@ def read_model_config(
     if cached is not None:
         return _parsed(_read(cached), model)
     return _parsed(_asked(model, revision or "main", environ), model)
+
+
+def is_asked_of_hub(
+    model: str, revision: str | None, sources: Mapping[str, Path], environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Whether what belongs to the model has to come over the network. Arguments: as of read_model_config."""
+    folder = sources.get(model, Path(model))
+    return not folder.is_absolute() and not _is_offline(environ) and _cached(model, revision or "main", environ) is None
 
 
 def _read(path: Path) -> bytes:
@@ -77,24 +86,39 @@ def _cached(model: str, revision: str, environ: Mapping[str, str]) -> Path | Non
 
 
 def _asked(model: str, revision: str, environ: Mapping[str, str]) -> bytes:
-    for name in _OFFLINE:
-        if environ.get(name, "").upper() in _YES:
-            raise NoModelConfigError(f"{model} is not in the hub's cache on this machine, and {name} is set")
+    if name := _is_offline(environ):
+        raise NoModelConfigError(f"{model} is not in the hub's cache on this machine, and {name} is set")
     endpoint = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("https://", "http://")):
         raise NoModelConfigError(f"HF_ENDPOINT is no address: {endpoint!r}")
-    request = urllib.request.Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")
+    request = Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")
     token = _token(environ)
-    if token:  # not to where the hub may send us on
+    if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+        with urllib.request.build_opener(_SameHostRedirect).open(request, timeout=_SECONDS) as answer:
             text: bytes = answer.read(_MOST_BYTES)
             return text
     except urllib.error.HTTPError as error:
         raise NoModelConfigError(f"{endpoint} has no config.json of {model} for us: HTTP {error.code}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise NoModelConfigError(f"{endpoint} does not answer: {getattr(error, 'reason', error)}") from error
+
+
+class _SameHostRedirect(urllib.request.HTTPRedirectHandler):
+    """The token goes along where the hub sends us on to a model's new name, and to no other host."""
+
+    def redirect_request(self, req: Request, *args: Any) -> Request | None:
+        new = super().redirect_request(req, *args)
+        token = req.get_header("Authorization")
+        if new is not None and token and (new.type, new.host) == (req.type, req.host):
+            new.add_unredirected_header("Authorization", token)
+        return new
+
+
+def _is_offline(environ: Mapping[str, str]) -> str | None:
+    """The variable that says so."""
+    return next((name for name in _OFFLINE if environ.get(name, "").upper() in _YES), None)
 
 
 def _token(environ: Mapping[str, str]) -> str | None:

@@ -315,7 +315,7 @@ def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quan
 
 def _computes_in_bfloat16(config: RunConfig, gpu: Gpu) -> bool:
     if config.training.bf16 is None:
-        return gpu.product is None or gpu.product.card is not None
+        return gpu.computes_in_bfloat16
     return config.training.bf16
 
 

@@ -15,6 +15,7 @@ from runner.commands.submit import choose_run
 from runner.config_file import LoadedFile, Target, load_file
 from runner.errors import INSTALL_TRAIN_EXTRA, InvalidFileError, RunnerError
 from runner.identity import run_id
+from runner.model_config import is_asked_of_hub
 from runner.plan import BuiltData, Plan, build_plan, plan_text
 from runner.rendering import cluster_content
 from runner.starter import STARTER
@@ -101,6 +102,9 @@ def _count(loaded: LoadedFile) -> BuiltData | None:
     if not has_train_extra():
         output.say(f"rows and steps are counted with the training packages: {INSTALL_TRAIN_EXTRA}")
         return None
+    model = loaded.run.opensloth.fast_model_args
+    if is_asked_of_hub(model.model_name, model.revision, loaded.sources):
+        output.say(f"asking the hub for the tokenizer of {model.model_name}")
     return build_data(run_config.dump(loaded.run), output.event_sayer())
 
 

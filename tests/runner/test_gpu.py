@@ -44,6 +44,9 @@ def test_older_products_have_no_bfloat16() -> None:
     product = Gpu("Tesla T4", None, "").product
     assert product is not None
     assert product.card is None
+    assert not Gpu("Tesla T4", None, "").computes_in_bfloat16
+    assert not T1000.computes_in_bfloat16
+    assert Gpu("", None, "").computes_in_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -77,8 +80,8 @@ def nvidia_smi(folder: Path, script: str) -> dict[str, str]:
     return {"PATH": f"{folder}:/bin:/usr/bin"}
 
 
-L4 = Gpu("NVIDIA L4", 23034 << 20, "this machine")
-T1000 = Gpu("NVIDIA T1000", 4096 << 20, "this machine")
+L4 = Gpu("NVIDIA L4", 23034 << 20, "this machine", 8)
+T1000 = Gpu("NVIDIA T1000", 4096 << 20, "this machine", 7)
 NOT_TOLD = Gpu("", None, "this machine")
 BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
@@ -102,19 +105,19 @@ BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 def test_the_smallest_of_the_gpus_that_the_run_takes(
     devices: list[int], environ: dict[str, str], gpu: Gpu | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards = "0, GPU-a1, 23034, NVIDIA L4\n1, GPU-b2, 4096, NVIDIA T1000"
-    script = f'test "$1" = --query-gpu=index,uuid,memory.total,name && echo "{cards}"'
+    cards = "0, GPU-a1, 23034, 8.9, NVIDIA L4\n1, GPU-b2, 4096, 7.5, NVIDIA T1000"
+    script = f'test "$1" = --query-gpu=index,uuid,memory.total,compute_cap,name && echo "{cards}"'
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
     assert gpu_of_this_machine(devices, environ) == gpu
 
 
 def test_cards_that_are_alike_need_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = 'echo "0, GPU-a1, 23034, NVIDIA L4\n1, GPU-b2, 23034, NVIDIA L4"'
+    script = 'echo "0, GPU-a1, 23034, 8.9, NVIDIA L4\n1, GPU-b2, 23034, 8.9, NVIDIA L4"'
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
     assert gpu_of_this_machine([1], {}) == L4
 
 
-@pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "echo '0, GPU-1, [N/A], Thor'"])
+@pytest.mark.parametrize("script", ["exit 9", "echo No devices were found", "echo '0, GPU-1, [N/A], 11.0, Thor'"])
 def test_a_machine_without_one(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script)["PATH"])
     assert gpu_of_this_machine([0], {}) is None

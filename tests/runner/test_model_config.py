@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from runner.model_config import NoModelConfigError, read_model_config
+from runner.model_config import NoModelConfigError, is_asked_of_hub, read_model_config
 
 CONFIG = {"model_type": "qwen2"}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Has team/model at main, and sends /team/moved on to another port."""
+    """Has team/model at main; sends team/moved on to it, and team/away to another host."""
 
     seen: list[tuple[str, str | None]]
 
@@ -25,6 +25,11 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/team/moved/resolve/main/config.json":
             self.send_response(302)
             self.send_header("Location", "/team/model/resolve/main/config.json")
+            self.end_headers()
+        elif self.path == "/team/away/resolve/main/config.json":
+            self.send_response(302)
+            port = self.server.server_address[1]
+            self.send_header("Location", f"http://localhost:{port}/team/model/resolve/main/config.json")
             self.end_headers()
         elif self.path == "/team/model/resolve/main/config.json":
             self.send_response(200)
@@ -102,7 +107,8 @@ def test_the_hub_is_asked_once_with_the_token(tmp_path: Path, hub: str) -> None:
 def test_the_token_goes_no_further_than_the_hub(tmp_path: Path, hub: str) -> None:
     environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_TOKEN": "given"}
     assert read_model_config("team/moved", None, {}, environ) == CONFIG
-    assert [token for _, token in Hub.seen] == ["Bearer given", None]
+    assert read_model_config("team/away", None, {}, environ) == CONFIG
+    assert [token for _, token in Hub.seen] == ["Bearer given", "Bearer given", "Bearer given", None]
 
 
 def test_what_the_hub_does_not_have(tmp_path: Path, hub: str) -> None:
@@ -112,6 +118,15 @@ def test_what_the_hub_does_not_have(tmp_path: Path, hub: str) -> None:
     with pytest.raises(NoModelConfigError, match="HTTP 404"):
         read_model_config("team/model", "a/b?c", {}, environ)
     assert Hub.seen[-1][0] == "/team/model/resolve/a%2Fb%3Fc/config.json"
+
+
+def test_what_has_to_come_over_the_network(tmp_path: Path) -> None:
+    environ = {"HF_HOME": str(tmp_path)}
+    assert is_asked_of_hub("team/model", None, {}, environ)
+    assert not is_asked_of_hub("team/model", None, {}, environ | {"HF_HUB_OFFLINE": "1"})
+    assert not is_asked_of_hub(str(tmp_path), None, {}, environ)
+    cached(tmp_path, "main", "0123abc")
+    assert not is_asked_of_hub("team/model", None, {}, environ)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://host with spaces"])

@@ -56,7 +56,7 @@ def write(sft: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def local_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """local_gpu("81559, NVIDIA H100"): what this machine's nvidia-smi answers."""
+    """local_gpu("81559, 9.0, NVIDIA H100"): what this machine's nvidia-smi answers."""
 
     def install(line: str) -> None:
         command = tmp_path / "nvidia-smi"
@@ -122,7 +122,7 @@ def test_a_run_on_cpus_has_no_such_lines(
             answer = oslo("validate", file, *flags)
             assert answer.code == 0
             assert "memory  " not in answer.out.replace("job.gpu_memory", "")
-    local_gpu("4096, NVIDIA L4")
+    local_gpu("4096, 8.9, NVIDIA L4")
     assert oslo("submit", write(training={"use_cpu": True}), "--local", steps=1).code == 0
 
 
@@ -189,7 +189,7 @@ def test_four_bits_need_their_package(
     oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.commands.predicting._has_bitsandbytes", lambda: False)
-    local_gpu("8192, NVIDIA L4")
+    local_gpu("8192, 8.9, NVIDIA L4")
     answer = oslo("submit", write({}), "--local", steps=1)
     assert answer.code == 2
     assert "load_in_4bit=true (after `pip install 'opensloth[gpu]'`)" in answer.err
@@ -198,7 +198,7 @@ def test_four_bits_need_their_package(
 def test_submit_refuses_and_gives_way_to_force(
     oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None], root: Path
 ) -> None:
-    local_gpu("8192, NVIDIA L4")
+    local_gpu("8192, 8.9, NVIDIA L4")
     file = write(SIXTEEN_BITS)
     answer = oslo("submit", file, "--local", steps=1)
     assert (answer.code, answer.out) == (2, "")
@@ -261,7 +261,7 @@ def test_a_cluster_is_asked_for_nothing_that_cannot_fit(oslo: Oslo, write: Calla
 def test_the_rest_is_started_without_a_word_of_warning(
     oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None]
 ) -> None:
-    local_gpu("81559, NVIDIA H100 80GB HBM3")
+    local_gpu("81559, 9.0, NVIDIA H100 80GB HBM3")
     answer = oslo("submit", write(SIXTEEN_BITS), "--local", "--follow", steps=1)
     assert answer.code == 0
     assert "79.6 GiB of NVIDIA H100 80GB HBM3 (this machine)" in line(answer, "memory")
@@ -288,7 +288,7 @@ def test_defaults_that_give_way_here_are_counted_as_what_they_give_way_to(
     oslo: Oslo, write: Callable[..., Path], local_gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without bitsandbytes neither weights in 4 bits nor moments in 8."""
-    local_gpu("183359, NVIDIA B200")
+    local_gpu("183359, 10.0, NVIDIA B200")
     found = {}
     for installed in (True, False):
         monkeypatch.setattr("runner.commands.predicting._has_bitsandbytes", lambda there=installed: there)
