@@ -148,13 +148,15 @@ REFUSED: Final[dict[str, str]] = {
 """name: what to use instead, or why it cannot be."""
 
 
+_OWN_OPTIMIZERS: Final = {"adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"}
+"""torch's and transformers'; all others of OPTIMIZERS are bitsandbytes', also ademamix and lion_32bit."""
 PLAIN_OPTIMIZER = "adamw_torch"
 """What takes the place of a default that cannot be had."""
 
 
 def needs_bitsandbytes(optimizer: str) -> bool:
     """On CUDA, by transformers' name of it."""
-    return any(mark in optimizer for mark in ("8bit", "paged", "bnb"))
+    return optimizer not in _OWN_OPTIMIZERS
 
 
 def refusal_of_transformers_key(key: str, value: object) -> str | None:

@@ -6,12 +6,19 @@ import dataclasses
 
 import pytest
 import transformers
-from transformers import SchedulerType
+from transformers import SchedulerType, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from opensloth import run_config
 from opensloth.opensloth_config import TrainingArguments
-from opensloth.training_keys import FIXED, OPTIMIZERS, REFUSED, SCHEDULERS, refusal_of_transformers_key
+from opensloth.training_keys import (
+    FIXED,
+    OPTIMIZERS,
+    REFUSED,
+    SCHEDULERS,
+    needs_bitsandbytes,
+    refusal_of_transformers_key,
+)
 
 THEIRS = sorted(field.name for field in dataclasses.fields(transformers.TrainingArguments))
 SEED_DEFAULTS = {
@@ -58,6 +65,12 @@ def test_a_fixed_key_takes_its_one_value_and_no_other(name: str) -> None:
 def test_optimizers_and_schedules_are_transformers_own() -> None:
     assert set(OPTIMIZERS) <= {member.value for member in OptimizerNames}
     assert set(SCHEDULERS) <= {member.value for member in SchedulerType}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whose_optimizers_are_bitsandbytes(name: str) -> None:
+    theirs = trainer_optimizer._BITSANDBYTES_OPTIMIZERS
+    assert needs_bitsandbytes(name) == (OptimizerNames(name) in theirs)
 
 
 @pytest.mark.parametrize(
