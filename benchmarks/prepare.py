@@ -5,7 +5,8 @@
 All tokenise the same conversations with the same tokenizer, each in a fresh process, imports left out. oslo is timed
 as `python -m opensloth.data build`: the tokenizer is loaded, the file hashed, the documents written and synchronised.
 Of TRL's SFT trainer only the reading of the file and the preparation itself are timed. By prompt and completion it
-masks as oslo does, which is checked first; plain messages it does not mask at all.
+masks as oslo does, which is checked first; plain messages it does not mask at all. Ends with 1 where a median misses
+its bar.
 """
 
 # ruff: noqa: T201 (printing is for the person who runs this)
@@ -165,6 +166,10 @@ def main() -> None:
     print("\n" + text)
     if arguments.output:
         arguments.output.write_text(text)
+    medians = {what: statistics.median(_ratios(runs, what, "seconds")) for what in WANTED}
+    missed = [f"{what}: {median:.2f}" for what, median in medians.items() if median < WANTED[what]]
+    if missed:
+        raise SystemExit(f"missed: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":
