@@ -61,6 +61,8 @@ def test_all_ranks_killed_at_once(tmp_path: Path, model: Path) -> None:
     ended = run.attempt("ended.json")
     assert ended["cause"] == "killed"
     assert "was killed (SIGKILL)" in ended["message"]
+    assert run.finish() == 0, run.said()
+    assert resumed(run)[0] >= 5
 
 
 def test_one_rank_terminated_and_the_other_killed(tmp_path: Path, model: Path) -> None:
