@@ -33,6 +33,7 @@ FAULTS = "pod-faults"
 """The ConfigMap with pod_faults.py."""
 ONE_NODE = ("--set", "job.nodes=1")
 FINALIZER = "example.com/hold"
+ENDED_FOR = "{.items[*].status.containerStatuses[*].state.terminated.reason}"
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,16 @@ def test_both_pods_deleted_at_once(cluster: OnCluster, undisturbed: Undisturbed,
     ends_the_same(cluster, run, undisturbed, tmp_path / "result")
 
 
+@pytest.mark.parametrize("victim", ["worker-0", "master-0"])
+def test_a_pod_deleted_by_force_has_no_time_to_save(
+    cluster: OnCluster, undisturbed: Undisturbed, tmp_path: Path, victim: str
+) -> None:
+    """Its object is gone at once, and the kubelet gives its processes a second."""
+    run = midway(cluster, undisturbed.file)
+    cluster.kubectl("delete", "pod", f"{run}-{victim}", "--grace-period=0", "--force")
+    ends_the_same(cluster, run, undisturbed, tmp_path / "result")
+
+
 def test_a_pod_is_evicted_and_its_node_cordoned(cluster: OnCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = midway(cluster, undisturbed.file)
     worker = f"{run}-worker-0"
@@ -218,6 +229,24 @@ def test_a_pod_that_is_stuck_terminating_is_let_go_by_the_command_that_why_gives
     assert files_of_attempt(cluster, run, 1) == before, "the pod that was let go wrote nothing more"
 
 
+def test_a_pod_that_does_not_leave_is_given_up_by_force(
+    cluster: OnCluster, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """Its rank is stopped, so that it hears of nothing. What `why` advises for a node that does not answer."""
+    run = midway(cluster, undisturbed.file)
+    signal_rank(cluster, run, 1, "SIGSTOP")
+    cluster.kubectl("delete", "pod", f"{run}-worker-0", "--wait=false")
+    began = time.monotonic()
+    forced = cluster.oslo("cancel", run, "--force")
+    assert forced.code == 0, forced.err
+    assert time.monotonic() - began < 60, "the grace period is two minutes"
+    assert cluster.pods(run) == {}
+    assert cluster.status(run)["state"] == "cancelled"
+    resumed = cluster.oslo("resume", run)
+    assert resumed.code == 0, resumed.err
+    ends_the_same(cluster, run, undisturbed, tmp_path / "result")
+
+
 def admin_env() -> dict[str, str]:
     from kubectl import KUBECONFIG
 
@@ -253,6 +282,16 @@ def test_a_checkpoint_of_45_seconds_survives_the_deletion_of_its_pod(
 
 
 # --- processes that go ---------------------------------------------------------------------------------
+
+
+def test_a_rank_is_asked_to_stop_in_its_pod(cluster: OnCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    run = midway(cluster, undisturbed.file)
+    signal_rank(cluster, run, 1, "SIGTERM")
+    ends_the_same(cluster, run, undisturbed, tmp_path / "result")
+    saved = [event["step"] for event in cluster.events(run, "--attempt", "1") if event["event"] == "checkpoint"]
+    resumed = [event["step"] for event in cluster.events(run) if event["event"] == "resumed"]
+    assert resumed == saved[-1:], "the step that all ranks agreed on"
+    assert why_attempts(cluster, run)[0]["cause"] == "terminated"
 
 
 def test_a_rank_is_killed_in_its_pod(cluster: OnCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -299,9 +338,17 @@ def test_a_container_that_is_killed_for_memory_again_and_again_ends_the_run(
 ) -> None:
     """All of it: on cgroup v2 the kernel kills the whole container, so no launcher is left to say why."""
     file = with_faults(write_job(tmp_path, model, max_steps=STEPS), memory={"who": "launcher", "step": 5})
-    answer = cluster.submit(file, *ONE_NODE, "--set", "job.memory=1500Mi", "--follow")
-    assert answer.code == 100, answer.err
-    told = why(cluster, answer.handle)
+    submitting = cluster.start(
+        "submit", file, *cluster.flags, "-y", *ONE_NODE, "--set", "job.memory=1500Mi", "--follow"
+    )
+    reasons = set()
+    while submitting.poll() is None:
+        reasons |= set(cluster.kubectl("get", "pods", "-o", f"jsonpath={ENDED_FOR}").split())
+        time.sleep(0.2)
+    out, err = submitting.communicate()
+    assert submitting.returncode == 100, err
+    assert "OOMKilled" in reasons
+    told = why(cluster, out.splitlines()[-1])
     assert (told["cause"], len(told["attempts"])) == ("out_of_memory", 4)
     assert "killed three times at step 4 (attempts 1, 2, 3): most likely out of host memory" in told["sentence"]
     assert "raise job.memory" in told["hint"]
