@@ -85,6 +85,47 @@ QWEN3 = """{%- if tools %}
 {%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+# Tools stand in the system's turn; a call is one JSON object, its result a JSON text in a turn of `ipython`.
+LLAMA3_1 = """{{- bos_token }}
+{%- if tools %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nEnvironment: ipython\\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\\n\\n' }}{%- endfor %}
+{%- if messages[0].role == 'system' %}{{- messages[0].content | trim }}{%- endif %}{{- '<|eot_id|>' }}
+{%- endif %}
+{%- for m in messages %}
+{%- if m.tool_calls %}
+{%- if m.tool_calls | length > 1 %}{{- raise_exception('one call at a time') }}{%- endif %}
+{%- set call = m.tool_calls[0].function %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{{- '{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}<|eot_id|>' }}
+{%- elif m.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + (m.content | tojson) + '<|eot_id|>' }}
+{%- elif not (tools and loop.first and m.role == 'system') %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+# Tools and the system prompt stand at the last question; calls are a JSON list; results have marks, and no turn.
+MISTRAL_TOOLS = """{{- bos_token }}
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- if tools and loop.index0 == ns.last %}
+{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{{- '[INST] ' }}
+{%- if messages[0].role == 'system' and loop.index0 == ns.last %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+{{- m.content + ' [/INST]' }}
+{%- elif m.tool_calls %}
+{{- '[TOOL_CALLS] [' }}
+{%- for call in m.tool_calls %}
+{{- '{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}' }}
+{%- if not loop.last %}{{- ', ' }}{%- endif %}{%- endfor %}
+{{- ']' + eos_token }}
+{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS] {"content": ' + m.content + '}[/TOOL_RESULTS]' }}
+{%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}
+{%- endif %}{%- endfor %}"""
+
 # The prompt opens the reasoning; old turns show only what came after it.
 REASONER = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -122,7 +163,8 @@ SHOUTING_BACKWARDS = (
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|User|>", "<|Assistant|>", "<|end|>",
-    "<|user|>", "<|assistant|>", "<|system|>",
+    "<|user|>", "<|assistant|>", "<|system|>", "<|eom_id|>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
 )  # fmt: skip
 
 STYLES = {
@@ -130,8 +172,10 @@ STYLES = {
     "chatml_tagged": CHATML_TAGGED,
     "chatml_tagged_with_stop": CHATML_TAGGED_WITH_STOP,
     "llama3": LLAMA3,
+    "llama3.1": LLAMA3_1,
     "gemma": GEMMA,
     "mistral": MISTRAL,
+    "mistral_tools": MISTRAL_TOOLS,
     "qwen3": QWEN3,
     "reasoner": REASONER,
     "closing": CLOSING,

@@ -24,6 +24,9 @@ class Piece(NamedTuple):
     said_by: int | None = None
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+"""What every conversation with tools has."""
+
 Oracle = Callable[[Sequence[Message]], Iterator[Piece]]
 
 
@@ -42,6 +45,23 @@ def llama3(messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece(message["content"].strip() + "<|eot_id|>", i if message["role"] == "assistant" else None)
 
 
+def llama3_1(messages: Sequence[Message], *, has_tools: bool = False) -> Iterator[Piece]:
+    """Where there are tools, the system message is among what stands before. What is said beside a call is hidden."""
+    yield Piece("" if has_tools else "<s>")
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if has_tools and role == "system":
+            continue
+        yield Piece(f"<|start_header_id|>{'ipython' if role == 'tool' else role}<|end_header_id|>\n\n")
+        if "tool_calls" in message:
+            (call,) = _json_calls(message, "parameters")
+            yield Piece(call + "<|eot_id|>", i)
+        elif role == "tool":
+            yield Piece(json.dumps(message["content"], ensure_ascii=False) + "<|eot_id|>")
+        else:
+            yield Piece(message["content"].strip() + "<|eot_id|>", i if role == "assistant" else None)
+
+
 def gemma(messages: Sequence[Message]) -> Iterator[Piece]:
     yield Piece("<s>")
     lead = ""
@@ -57,14 +77,21 @@ def gemma(messages: Sequence[Message]) -> Iterator[Piece]:
             yield Piece("\n")
 
 
-def mistral(messages: Sequence[Message]) -> Iterator[Piece]:
+def mistral(messages: Sequence[Message], *, has_tools: bool = False) -> Iterator[Piece]:
+    """What is said beside a call is hidden."""
     yield Piece("<s>")
     has_system = messages[0]["role"] == "system"
     last_question = max(i for i, message in enumerate(messages) if message["role"] == "user")
     for i, message in enumerate(messages):
         if message["role"] == "user":
             lead = messages[0]["content"] + "\n\n" if has_system and i == last_question else ""
+            if has_tools and i == last_question:
+                yield Piece(f"[AVAILABLE_TOOLS] {json.dumps(TOOLS)}[/AVAILABLE_TOOLS]")
             yield Piece(f"[INST] {lead}{message['content']} [/INST]")
+        elif "tool_calls" in message:
+            yield Piece(f"[TOOL_CALLS] [{', '.join(_json_calls(message, 'arguments'))}]</s>", i)
+        elif message["role"] == "tool":
+            yield Piece(f'[TOOL_RESULTS] {{"content": {message["content"]}}}[/TOOL_RESULTS]')
         elif message["role"] == "assistant":
             yield Piece(f" {message['content'].strip()}</s>", i)
 
@@ -105,8 +132,8 @@ def reasoner(messages: Sequence[Message]) -> Iterator[Piece]:
         yield Piece(content.removeprefix(given) + "<|end|>", i)
 
 
-def qwen3(messages: Sequence[Message], *, hides_tools: bool = False) -> Iterator[Piece]:
-    """hides_tools: where there are tools, the system message is among what stands before."""
+def qwen3(messages: Sequence[Message], *, has_tools: bool = False) -> Iterator[Piece]:
+    """Where there are tools, the system message is among what stands before."""
     questions = [i for i, m in enumerate(messages) if m["role"] == "user" and not _is_tools_answer(m["content"])]
     last = questions[-1] if questions else len(messages) - 1
     for i, message in enumerate(messages):
@@ -124,11 +151,11 @@ def qwen3(messages: Sequence[Message], *, hides_tools: bool = False) -> Iterator
             closes = i == len(messages) - 1 or messages[i + 1]["role"] != "tool"
             yield Piece("<|im_start|>user" if opens else "")
             yield Piece(f"\n<tool_response>\n{message['content']}\n</tool_response>" + "<|im_end|>\n" * closes)
-        elif not (hides_tools and role == "system"):
+        elif not (has_tools and role == "system"):
             yield Piece(f"<|im_start|>{role}\n{message['content']}<|im_end|>\n")
 
 
-def qwen2_5(messages: Sequence[Message], *, hides_tools: bool = False) -> Iterator[Piece]:
+def qwen2_5(messages: Sequence[Message], *, has_tools: bool = False) -> Iterator[Piece]:
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "assistant" and message.get("tool_calls"):
@@ -136,8 +163,8 @@ def qwen2_5(messages: Sequence[Message], *, hides_tools: bool = False) -> Iterat
             yield Piece(content + _calls(message, bool(content)) + "<|im_end|>", i)
             yield Piece("\n")
         elif role == "tool":
-            yield from qwen3([message] if _alone(messages, i) else [], hides_tools=True)
-        elif not (hides_tools and role == "system"):
+            yield from qwen3([message] if _alone(messages, i) else [], has_tools=True)
+        elif not (has_tools and role == "system"):
             yield Piece(f"<|im_start|>{role}\n")
             yield Piece(f"{content}<|im_end|>", i if role == "assistant" else None)
             yield Piece("\n")
@@ -164,12 +191,17 @@ def _reasoning_of(message: Message) -> tuple[str, str]:
 
 
 def _calls(message: Message, after_text: bool) -> str:
-    shown = []
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
-        shown.append(f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>')
+    shown = [f"<tool_call>\n{call}\n</tool_call>" for call in _json_calls(message, "arguments")]
     return ("\n" if after_text and shown else "") + "\n".join(shown)
+
+
+def _json_calls(message: Message, key: str) -> list[str]:
+    """Each call as a JSON object, its arguments under `key`."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    return [
+        f'{{"name": "{function["name"]}", "{key}": {json.dumps(function["arguments"], ensure_ascii=False)}}}'
+        for function in functions
+    ]
 
 
 def _published(name: str) -> str:
@@ -180,12 +212,13 @@ def _published(name: str) -> str:
 class Style(NamedTuple):
     """template: its text. oracle: what it shows, but for what stands before the first message (tools, say).
 
-    markup: what in a content the template itself looks for, so that a mask may be uncertain.
+    calls: how many of tools a message may hold. markup: what in a content the template itself looks for, so that a
+    mask may be uncertain.
     """
 
     template: str
     oracle: Oracle
-    calls: bool = False
+    calls: int = 0
     reasons: bool = False
     has_system: bool = True
     markup: str | None = None
@@ -198,17 +231,19 @@ STYLES: dict[str, Style] = {
     "chatml_tagged": Style(templates.CHATML_TAGGED, chatml),
     "chatml_tagged_with_stop": Style(templates.CHATML_TAGGED_WITH_STOP, chatml),
     "llama3": Style(templates.LLAMA3, llama3),
+    "llama3.1": Style(templates.LLAMA3_1, llama3_1, calls=1),
     "gemma": Style(templates.GEMMA, gemma),
     "mistral": Style(templates.MISTRAL, mistral),
-    "qwen3": Style(templates.QWEN3, qwen3, calls=True, reasons=True, markup=_THINKING),
+    "mistral_tools": Style(templates.MISTRAL_TOOLS, mistral, calls=2),
+    "qwen3": Style(templates.QWEN3, qwen3, calls=2, reasons=True, markup=_THINKING),
     "reasoner": Style(templates.REASONER, reasoner, reasons=True, markup=_THINKING),
     "closing": Style(templates.CLOSING, closing),
     "headings": Style(templates.HEADINGS, headings),
     "shouting": Style(templates.SHOUTING, lambda messages: chatml(messages, str.upper)),
     "published llama3": Style(_published("llama3"), llama3),
     "published gemma": Style(_published("gemma"), gemma, has_system=False),
-    "published qwen2.5": Style(_published("qwen2_5"), qwen2_5, calls=True, markup=_THINKING),
-    "published qwen3": Style(_published("qwen3"), qwen3, calls=True, reasons=True, markup=_THINKING),
+    "published qwen2.5": Style(_published("qwen2_5"), qwen2_5, calls=2, markup=_THINKING),
+    "published qwen3": Style(_published("qwen3"), qwen3, calls=2, reasons=True, markup=_THINKING),
 }
 
 

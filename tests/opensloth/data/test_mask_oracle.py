@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from chat_templates import SPECIAL
 from data_tools import make_tokenizer
-from mask_oracle import STYLES, Style, has_markup
+from mask_oracle import STYLES, TOOLS, Style, has_markup
 
 from opensloth.data.documents import IGNORE
 from opensloth.data.encode import Encoder
@@ -84,12 +84,12 @@ def conversation(r: random.Random, style: Style) -> dict[str, Any]:
     for _ in range(r.choice((1, 1, 2, 3))):
         messages.append({"role": "user", "content": words(r, style)})
         if has_tools and r.random() < 0.6:
-            messages.append({**answer(r, style), "tool_calls": calls(r)})
+            messages.append({**answer(r, style), "tool_calls": calls(r)[: style.calls]})
             messages.append({"role": "tool", "content": words(r, style)})
         messages.append(answer(r, style))
     row: dict[str, Any] = {"messages": messages}
     if has_tools:
-        row["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+        row["tools"] = TOOLS
     return row
 
 
@@ -156,7 +156,7 @@ def expected(tokenizer: Any, style: Style, row: dict[str, Any], train_on: str) -
     A token is a target when it holds any character that is one.
     """
     messages = row["messages"]
-    options = {"hides_tools": True} if "tools" in row else {}
+    options = {"has_tools": True} if "tools" in row else {}
     pieces = list(style.oracle(messages, **options))
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i in (said[-1:] if train_on == "last" else said) if is_trained(messages[i])]

@@ -102,6 +102,7 @@ GOLDEN = {
         "<|im_start|>assistant\n⟦FINE<|im_end|>⟧\n"
     ),
 }
+GOLDEN["llama3.1"], GOLDEN["mistral_tools"] = GOLDEN["llama3"], GOLDEN["mistral"]
 GOLDEN["chatml_tagged"] = GOLDEN["chatml_tagged_with_stop"] = GOLDEN["chatml"]
 
 
@@ -193,6 +194,39 @@ def test_calls_of_tools_are_learned_and_their_answers_are_not(arguments: Any) ->
         "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is 3.<|im_end|>⟧\n"
     )
+
+
+TOOL_GOLDEN = {
+    "llama3.1": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+        '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}\n\n<|eot_id|>'
+        "<|start_header_id|>user<|end_header_id|>\n\n1+2?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        '⟦{"name": "add", "parameters": {"a": 1, "note": "say \\"hi\\"\\n"}}<|eot_id|>⟧'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"3"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is 3.<|eot_id|>⟧"
+    ),
+    "mistral_tools": (
+        '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
+        "[/AVAILABLE_TOOLS][INST] 1+2? [/INST]"
+        '⟦[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "note": "say \\"hi\\"\\n"}}]</s>⟧'
+        '[TOOL_RESULTS] {"content": 3}[/TOOL_RESULTS]⟦ It is 3.</s>⟧'
+    ),
+}
+
+
+@pytest.mark.parametrize("style", TOOL_GOLDEN)
+def test_calls_in_the_formats_of_other_models(style: str) -> None:
+    messages = tool_conversation({"a": 1, "note": 'say "hi"\n'})
+    assert Masker(templates.STYLES[style]).marked(messages, TOOLS) == TOOL_GOLDEN[style]
+
+
+def test_a_call_that_ends_otherwise_than_answers_do_is_refused_and_not_guessed_at() -> None:
+    """`<|eom_id|>` hands over to a tool, but a template does not say that it is a stop; the last answer can be had."""
+    template = templates.LLAMA3_1.replace("'}<|eot_id|>'", "'}<|eom_id|>'")
+    with pytest.raises(RowProblem, match="message 1 begins and ends: no mask is certain"):
+        Masker(template).document(tool_conversation({"a": 1}), TOOLS)
+    assert Masker(template, "last").targets(tool_conversation({"a": 1}), TOOLS) == ["It is 3.<|eot_id|>"]
 
 
 def test_a_call_without_text_arguments_has_an_end_too() -> None:
