@@ -54,10 +54,14 @@ def make(
     packed: bool = True,
     dropout: float = 0.0,
     log_level: str = "info",
+    load: Callable[[str], Any] = tiny.make_model,
     spoil: Callable[[Any], None] = lambda model: None,
     **training: Any,
 ) -> SftTrainer:
-    """A trainer on `rows`; rows without any target are taken as they are. spoil: is given the base model."""
+    """A trainer on `rows`; rows without any target are taken as they are.
+
+    load: makes the base model of this kind. spoil: is given it.
+    """
     arguments = TrainingArguments(output_dir=str(out), **(DEFAULTS | training))
     asked = OpenSlothConfig(
         data_cache_path="-",
@@ -72,7 +76,7 @@ def make(
         from_python(asked, arguments, "sft"), hardware.detect(arguments), model_is_loaded=True
     )
     world = join_world(cuda=False, timeout_seconds=arguments.ddp_timeout)
-    model = tiny.make_model(kind)
+    model = load(kind)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout
