@@ -15,6 +15,7 @@ from measured import at_most
 from rank_scenarios import (
     BAD_STEP,
     CASES,
+    DEFAULT_EPSILON,
     ERRONEOUS,
     ERRORS,
     FEW,
@@ -22,10 +23,19 @@ from rank_scenarios import (
     checkpoint_of,
     ranks,
 )
-from train_rank import identical, largest_distance, of_ranks
+from train_rank import distance, identical, largest_distance, of_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket, pytest.mark.timeout(600)]
 SEVERAL = (2, 4)
+AS_ONE = "2 and 4 ranks train as one, five steps of AdamW"
+NEAR_EPSILON = 100 * 1e-8
+BEYOND = (
+    "adapter, packed, epsilon 1e-8",
+    "base_model.model.model.layers.1.self_attn.v_proj.lora_A.default.weight",
+)
+"""The one tensor of all cases whose change is off by more than 1e-5, and that by a single element: 99.9 % of the square
+of its distance. That element's first gradient, in step 3, is 3.8e-8, where the tensor's largest is 2.0e-3. Four ranks
+have it off by 1.2e-10, which is float32's rounding of the largest (6e-8 of it) and 0.3 % of the element."""
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +63,46 @@ def relative(found: list[float], expected: list[float]) -> float:
 def test_ranks_train_as_one(trained: dict[int, list[Any]], case: str, world: int) -> None:
     alone, ranks = trained[1][0][case], [rank[case] for rank in trained[world]]
     assert len(logged(alone, "loss")) == STEPS
-    off = relative(logged(ranks[0], "loss"), logged(alone, "loss"))
-    at_most("2 and 4 ranks train as one, five steps of AdamW: loss", off, 1e-6)
+    at_most(f"{AS_ONE}: loss", relative(logged(ranks[0], "loss"), logged(alone, "loss")), 1e-6)
     for step in range(STEPS):
-        for what in ("gradients", "changes"):
-            far = largest_distance(ranks[0][what][step], alone[what][step])
-            claim = f"2 and 4 ranks train as one, five steps of AdamW: {what}"
-            if what == "changes" and "epsilon 1e-8" in case:
-                at_most(f"{claim}, one element of an adapter near epsilon", far, 1e-4)
+        at_most(f"{AS_ONE}: gradients", largest_distance(ranks[0]["gradients"][step], alone["gradients"][step]), 1e-5)
+        for name, change in alone["changes"][step].items():
+            far = distance(ranks[0]["changes"][step][name], change)
+            if (case, name) == BEYOND:
+                at_most(f"{AS_ONE}, epsilon 1e-8: changes of the one tensor beyond 1e-5", far, 1e-4)
             else:
-                at_most(claim, far, 1e-5)
+                at_most(f"{AS_ONE}, epsilon {'1e-8' if case in DEFAULT_EPSILON else '1e-6'}: changes", far, 1e-5)
+        for what in ("gradients", "changes"):
             assert all(identical(rank[what][step], ranks[0][what][step]) for rank in ranks)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("case", DEFAULT_EPSILON)
+def test_what_differs_at_the_default_epsilon_are_elements_with_a_gradient_near_it(
+    trained: dict[int, list[Any]], case: str, world: int
+) -> None:
+    alone, found = trained[1][0][case], trained[world][0][case]
+    near = near_epsilon(alone["gradients"])
+    claim = f"{AS_ONE}, epsilon 1e-8: changes but for elements near it"
+    for expected, changes, left_out in zip(alone["changes"], found["changes"], near, strict=True):
+        for name, change in expected.items():
+            rest = ~left_out[name]
+            at_most(claim, distance(changes[name][rest], change[rest]), 1e-5)
+    share = sum(int(mask.sum()) for mask in near[-1].values()) / sum(mask.numel() for mask in near[-1].values())
+    at_most(f"{AS_ONE}, epsilon 1e-8: share of elements near it", share, 2e-3)
+    assert case != BEYOND[0] or near[-1][BEYOND[1]].sum() == 1
+
+
+def near_epsilon(gradients: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Step -> which elements began, until then, with gradients below NEAR_EPSILON that were not all 0."""
+    peaks = {name: torch.zeros_like(gradient) for name, gradient in gradients[0].items()}
+    near = {name: torch.zeros_like(gradient, dtype=torch.bool) for name, gradient in gradients[0].items()}
+    found = []
+    for step in gradients:
+        peaks = {name: torch.maximum(peak, step[name].abs()) for name, peak in peaks.items()}
+        near = {name: mask | (peaks[name] > 0) & (peaks[name] < NEAR_EPSILON) for name, mask in near.items()}
+        found.append(near)
+    return found
 
 
 @pytest.mark.parametrize("error", ERRORS)
