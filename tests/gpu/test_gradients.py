@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import packing
 import pytest
 import shapes
 import torch
-from cards import CUDA, DEVICE, NEEDS_GPU
+from cards import CUDA, DEVICE, NEEDS_BITSANDBYTES, NEEDS_GPU
 from measured import at_most
 from torch import Tensor
 
@@ -26,15 +25,12 @@ from opensloth.step import Objective
 
 pytestmark = NEEDS_GPU
 CLAIM = "the fast path on a GPU, bfloat16, against float32 alone"
-HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 trained_ways = pytest.mark.parametrize(
     "trained",
     [
         shapes.ADAPTER,
         shapes.WHOLE,
-        pytest.param(
-            shapes.FOUR_BITS, marks=pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is missing")
-        ),
+        pytest.param(shapes.FOUR_BITS, marks=NEEDS_BITSANDBYTES),
     ],
 )
 

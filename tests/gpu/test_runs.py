@@ -15,7 +15,7 @@ import packing
 import pytest
 import shapes
 import torch
-from cards import CUDA, DEVICE, NEEDS_GPU, NEEDS_TWO
+from cards import CUDA, DEVICE, NEEDS_BITSANDBYTES, NEEDS_GPU, NEEDS_TWO
 from measured import at_most
 from peft import AutoPeftModelForCausalLM
 from train_rank import identical, largest_distance
@@ -29,10 +29,11 @@ from opensloth.train import train
 pytestmark = [*NEEDS_GPU, pytest.mark.timeout(600)]
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_8bit", marks=NEEDS_BITSANDBYTES)])
+def test_an_interrupted_run_goes_on_to_the_same_bits(optim: str, tmp_path: Path) -> None:
     """Asked to stop, then killed between two checkpoints: every loss and gradient norm, and the result."""
     model = shapes.save(tmp_path / "model", "qwen2")
-    whole, parts = (gpu_runs.Run(tmp_path / name, model) for name in ("whole", "parts"))
+    whole, parts = (gpu_runs.Run(tmp_path / name, model, optim=optim) for name in ("whole", "parts"))
     assert whole.finish() == 0, whole.said()
     assert {e["engine"] for e in whole.events() if e["event"] == "engine"} == {"fused" if CUDA else "torch"}
 
@@ -42,6 +43,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert parts.process is not None
     parts.process.send_signal(signal.SIGTERM)
     assert parts.wait() != 0
+    assert (torch.uint8 in parts.kinds_of_moments()) == (optim == "adamw_8bit")
     parts.start()
     parts.until_step(14)
     os.kill(parts.ranks()[0], signal.SIGKILL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import tiny
 import torch
 
 from opensloth import hardware, run_config
+from opensloth.checkpoint import OPTIMIZER
 from opensloth.dist import join_world, leave_world
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
 from opensloth.run_config import from_python
@@ -38,10 +39,10 @@ def engine() -> Any:
 class Run(launched.Run):
     """A run folder whose model trains on the fast path, rows of several documents."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *, optim: str = "adamw_torch") -> None:
         folder.mkdir()
         training = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 10}
-        super().__init__(folder, model, rows=400, **training, optim="adamw_torch", report_to="none")
+        super().__init__(folder, model, rows=400, **training, optim=optim, report_to="none")
         config = run_config.load(self.config_text)
         config.opensloth.engine = engine()
         config.opensloth.fast_model_args.max_seq_length = ROW
@@ -55,6 +56,21 @@ class Run(launched.Run):
             if event["event"] == "step":
                 found.setdefault(event["step"], set()).add((event["loss"], event["grad_norm"]))
         return found
+
+    def kinds_of_moments(self) -> set[torch.dtype]:
+        """Of what the newest checkpoint holds of the optimizer; a run that has ended holds nothing."""
+        newest = max((self.folder / "checkpoints").glob("step-*"))
+        saved = torch.load(newest / OPTIMIZER, map_location="cpu", weights_only=True)
+        return set(_kinds(saved["optimizer"]["state"]))
+
+
+def _kinds(value: Any) -> Iterator[torch.dtype]:
+    """Of all tensors, however deep: bitsandbytes puts its own one level deeper than others."""
+    if isinstance(value, torch.Tensor):
+        yield value.dtype
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _kinds(item)
 
 
 def an_adapter(out: Path) -> dict[str, Any]:
