@@ -16,12 +16,16 @@ import tiny
 import torch
 from measured import at_most
 from packing import LONGEST, distance, gradients, largest_error, losses
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opensloth.arithmetic import BatchShape
 from opensloth.data.batch import flat_batch, padded_batch
 from opensloth.data.order import RowOrder
 from opensloth.data.training_data import make_rows
 from opensloth.isolation import isolate_documents
+from opensloth.model import recompute_activations
+from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
+from opensloth.trainer_factory import create_sft_trainer
 
 ATTENDING = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "mixtral", "gpt2", "llama-yarn"]
 BOUND = 1e-5
@@ -108,3 +112,80 @@ def test_a_batch_without_targets_adds_nothing() -> None:
     with_silent, found = gradients(model, [padded_batch(tiny.Documents(silent), np.array([0]), 0), talking])
     assert with_silent == loss
     assert distance(found, expected) == 0
+
+
+# --- activations computed again in the backward pass ----------------------------------------------------
+
+
+def counted(model: torch.nn.Module) -> list[int]:
+    """Grows by one whenever the MLP of a decoder layer is computed."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == 2
+    calls: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    return calls
+
+
+def with_dropout(kind: str, trained: str) -> Any:
+    """In training mode, dropout of 0.1 wherever the model or its adapter has one; packed."""
+    model = packing.adapted(kind, dropout=0.1) if trained == "adapter" else tiny.make_model(kind)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    assert isolate_documents(model, LONGEST) is None
+    return model.train()
+
+
+@pytest.mark.parametrize("trained", ["adapter", "full"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt2"])
+def test_recomputed_activations_are_those_that_were_not_kept(kind: str, trained: str) -> None:
+    """Two packed micro-batches with dropout on: the same numbers are drawn again."""
+    batches = [packing.packed(packing.documents(seed=seed)) for seed in (0, 1)]
+
+    def step(seed: int, *, recompute: bool) -> tuple[float, dict[str, torch.Tensor], int]:
+        model = with_dropout(kind, trained)
+        recompute_activations(model, wanted=recompute)
+        calls = counted(model)
+        torch.manual_seed(seed)
+        return *gradients(model, batches), len(calls)
+
+    kept_loss, kept, kept_calls = step(0, recompute=False)
+    loss, found, calls = step(0, recompute=True)
+    assert (kept_calls, calls) == (4, 8), "two layers, two batches"
+    at_most("activations recomputed, dropout on: loss", abs(loss - kept_loss), 0)
+    at_most("activations recomputed, dropout on: gradient of each tensor", distance(found, kept), 0)
+    assert abs(step(1, recompute=False)[0] - kept_loss) > 1e-3, "dropout is on"
+
+
+def test_the_config_says_whether_activations_are_recomputed(tmp_path: Path) -> None:
+    """Two steps of a whole run each: the same weights, and every layer is computed twice for a batch."""
+
+    def run(recompute: bool) -> tuple[dict[str, torch.Tensor], int]:
+        trainer = create_sft_trainer(
+            tiny.make_model("llama"),
+            tiny.make_tokenizer(),
+            tiny.random_rows(20),
+            OpenSlothConfig(
+                data_cache_path="-",
+                fast_model_args=FastModelArgs(
+                    model_name="tiny", max_seq_length=64, use_gradient_checkpointing=recompute
+                ),
+                lora_args=LoraArgs(lora_dropout=0.1),
+            ),
+            TrainingArguments(
+                output_dir=str(tmp_path / str(recompute)),
+                max_steps=2,
+                optim="adamw_torch",
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+            ),
+        )
+        calls = counted(trainer.model)
+        trainer.train()
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}, len(calls)
+
+    (kept, kept_calls), (found, calls) = run(False), run(True)
+    assert calls == 2 * kept_calls > 0
+    at_most("activations recomputed, two steps of a run: weights", distance(found, kept), 0)

@@ -31,9 +31,10 @@ def documents(count: int = 8, *, longest: int = LONGEST, seed: int = 0) -> tiny.
     return tiny.Documents(rows)
 
 
-def adapted(kind: str, *, fresh: bool = False, scale: float = 0.2) -> Any:
-    """A tiny model with an adapter, `fresh` or as if trained."""
-    lora = LoraArgs(target_modules=_TARGETS.get(kind, ["q_proj", "v_proj", "down_proj"]))
+def adapted(kind: str, *, fresh: bool = False, scale: float = 0.2, dropout: float = 0.0) -> Any:
+    """A tiny model with an adapter, `fresh` or as if trained. dropout: the adapter's."""
+    targets = _TARGETS.get(kind, ["q_proj", "v_proj", "down_proj"])
+    lora = LoraArgs(target_modules=targets, lora_dropout=dropout)
     asked = OpenSlothConfig(data_cache_path="-", fast_model_args=FastModelArgs(model_name=kind), lora_args=lora)
     model = attach_adapter(tiny.make_model(kind, scale=scale), asked)
     return model if fresh else as_if_trained(model)
