@@ -1,4 +1,4 @@
-"""The fast path on the GPU, in bfloat16, against single documents in float32 that attend eagerly, by autograd."""
+"""The fast path and plain torch on the GPU, in bfloat16, against single documents in float32 that attend eagerly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from cards import CUDA, DEVICE, NEEDS_BITSANDBYTES, NEEDS_GPU
 from measured import at_most
 from torch import Tensor
 
+from opensloth import attention
 from opensloth.data.batch import Batch
 from opensloth.fused.model import FusedModel
+from opensloth.isolation import isolate_documents
 from opensloth.memory_estimate import Keep
 from opensloth.model import base_of
 from opensloth.step import Objective
@@ -104,3 +106,55 @@ def test_the_gate_sees_a_leak(mutation: Callable[[Batch], Batch], kind: str, tra
     model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
     _, found = step(FusedModel(base_of(model), keep=Keep.ALL), model, mutation(batch), count)
     assert not gate.passes(found, gradient)
+
+
+# --- plain torch ----------------------------------------------------------------------------------------
+
+PLAIN = "plain torch on a GPU, bfloat16, against float32 alone"
+of_plain_torch = pytest.mark.parametrize("kind", ["llama", "mistral", *shapes.BY_PLAIN_TORCH])
+"""`engine: torch`: what the fast path could train, and what is left to plain torch."""
+
+
+def by_plain_torch(kind: str, folder: Path) -> tuple[Any, Objective]:
+    """An adapter on a model that packed documents are isolated in."""
+    model = shapes.made(kind, shapes.ADAPTER, DEVICE, folder)
+    assert isolate_documents(model, max(shapes.LENGTHS)) is None
+    return model, Objective(model, autocast=torch.bfloat16)
+
+
+@torch.no_grad()
+def losses(objective: Objective, batches: list[Batch]) -> list[float]:
+    """Mean loss of each document that has a target."""
+    parts = [part for batch in batches for part in packing.by_document(batch) if len(part.targets)]
+    return [objective.loss_sum(part).item() / len(part.targets) for part in parts]
+
+
+@of_plain_torch
+def test_plain_torch_packs_as_documents_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CUDA's kernel for documents of several lengths, in every layer."""
+    attended, varlen = [], attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *given: attended.append(given[-1]) or varlen(*given))
+    _, count, gradient = expected(kind, shapes.ADAPTER)
+    model, objective = by_plain_torch(kind, scratch(tmp_path, "packed"))
+    attended.clear()
+    objective.accumulate(packing.packed(shapes.documents()), count)
+    window = getattr(base_of(model).config, "sliding_window", None)
+    assert attended == [window] * base_of(model).config.num_hidden_layers * CUDA
+    gate.require(PLAIN, gate.gradients(model), gradient)
+
+    made = shapes.made(kind, shapes.ADAPTER, DEVICE, scratch(tmp_path, "alone"))
+    alone = Objective(shapes.in_float32(made, kind, shapes.ADAPTER, DEVICE, tmp_path), autocast=None)
+    of_each = [
+        losses(objective, [packing.packed(shapes.documents())]),
+        losses(alone, packing.alone(shapes.documents())),
+    ]
+    at_most(f"{PLAIN}: loss of each document", packing.largest_error(*of_each), 5e-3)
+
+
+@of_plain_torch
+@pytest.mark.parametrize("mutation", packing.LEAKS.values(), ids=packing.LEAKS)
+def test_the_gate_sees_a_leak_in_plain_torch(mutation: Callable[[Batch], Batch], kind: str, tmp_path: Path) -> None:
+    _, count, gradient = expected(kind, shapes.ADAPTER)
+    model, objective = by_plain_torch(kind, tmp_path)
+    objective.accumulate(mutation(packing.packed(shapes.documents())), count)
+    assert not gate.passes(gate.gradients(model), gradient)

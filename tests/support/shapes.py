@@ -14,7 +14,7 @@ import numpy as np
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from opensloth.model import attach_adapter, load_model
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
@@ -56,6 +56,13 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 """Heads of 64 alone and in groups of 7; of 128 in groups of 4, normed and not."""
+BY_PLAIN_TORCH: dict[str, Any] = {
+    "gemma": lambda: GemmaConfig(
+        **_COMMON, hidden_size=512, intermediate_size=1536, num_attention_heads=4, num_key_value_heads=1, head_dim=256
+    ),
+    "mistral with a short window": lambda: MistralConfig(**CONFIGS["mistral"]().to_dict() | {"sliding_window": 48}),
+}
+"""What the fast path leaves to plain torch: heads of 256, and documents longer than the window."""
 ADAPTER, WHOLE, FOUR_BITS = "adapter", "every weight", "adapter on weights in 4 bits"
 TRAINED = (ADAPTER, WHOLE, FOUR_BITS)
 LENGTHS = (300, 57, 611, 1, 128, 2, 700, 33, 190)
@@ -65,7 +72,8 @@ LENGTHS = (300, 57, 611, 1, 128, 2, 700, 33, 190)
 def made(kind: str, trained: str, device: torch.device, scratch: Path) -> Any:
     """A model as a run on a GPU holds it. trained: one of TRAINED. scratch: an empty folder."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="eager", dtype=torch.float32)
+    config = (CONFIGS | BY_PLAIN_TORCH)[kind]()
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     _fill(base, ("norm", "bias"), around=1.0, size=0.3)
     base.config.use_cache = False
     if trained == WHOLE:
