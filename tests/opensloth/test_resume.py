@@ -6,9 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from measured import at_most
-from rank_scenarios import RESUMED, TOTAL, finish, resumed, stop_after, taken_over, together, uninterrupted
-from train_rank import identical, of_ranks
+from measured import at_least, at_most
+from rank_scenarios import (
+    REDUCTIONS,
+    RESUMED,
+    TOTAL,
+    finish,
+    reduced_by_each,
+    resumed,
+    stop_after,
+    taken_over,
+    together,
+    uninterrupted,
+)
+from train_rank import identical, largest_distance, of_ranks
 
 from opensloth import checkpoint, optimizer, trainer
 from opensloth.data.order import RowOrder
@@ -89,6 +100,26 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(
         pairs = [(a[key], b[key]) for a, b in zip(found, whole, strict=True) if key in b]
         off = max(abs(a - b) / b for a, b in pairs)
         at_most("resumed at another number of ranks: losses as uninterrupted, dropout off", off, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return of_ranks(reduced_by_each, tmp_path_factory.mktemp("reduced"), (4,), seconds=100)[4]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_why_gradients_are_not_summed_by_ddp(reduced: list[Any], reduction: str) -> None:
+    """Four ranks. DDP orders its buckets anew after the first step of a process, and so adds in another order.
+
+    That this is all: it is bit-identical again when the uninterrupted run makes its DDP anew where the other resumed.
+    """
+    runs = [rank[reduction] for rank in reduced]
+    assert all(identical(run["resumed"], runs[0]["resumed"]) for run in runs), "ranks agree"
+    assert identical(runs[0]["resumed"], runs[0]["whole"]) == (reduction != "DDP")
+    if reduction == "DDP":
+        claim, ours = "gradients averaged by DDP, 4 ranks: weights", reduced[0][REDUCTIONS[0]]["whole"]
+        at_least(f"{claim} after resuming differ by", largest_distance(runs[0]["resumed"], runs[0]["whole"]), 1e-9)
+        at_most(f"{claim} of the uninterrupted run as ours", largest_distance(runs[0]["whole"], ours), 1e-6)
 
 
 def _forgetting(monkeypatch: pytest.MonkeyPatch, what: str) -> None:

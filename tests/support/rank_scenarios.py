@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -320,6 +321,51 @@ def _terminate_one_rank(trainer: SftTrainer, step: int) -> None:
     trainer._optimizer.register_step_post_hook(
         lambda *_: os.kill(os.getpid(), signal.SIGTERM) if trainer.state.global_step == step - 1 else None
     )
+
+
+REDUCTIONS = ("one flat buffer", "DDP", "DDP, made anew in the uninterrupted run too")
+
+
+def reduced_by_each(out: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Of ours and DDP: the weights of an uninterrupted run, and of one stopped after step 3 and resumed."""
+    return {reduction: _reduced_by(reduction, out / reduction) for reduction in REDUCTIONS}
+
+
+def _reduced_by(reduction: str, folder: Path) -> dict[str, dict[str, Tensor]]:
+    whole, stopped, resumed = (_one_a_rank(folder / name) for name in ("whole", "parts", "parts"))
+    if reduction.startswith("DDP"):
+        for trainer in (whole, stopped, resumed):
+            _by_ddp(trainer)
+    if reduction.endswith("too"):
+        whole._optimizer.register_step_post_hook(lambda *_: whole.state.global_step == 2 and _wrap(whole))
+    whole.train()
+    _terminate_one_rank(stopped, 3)
+    with pytest.raises(StopRequested):
+        stopped.train()
+    resumed.train(resume_from_checkpoint=True)
+    return {"whole": weights(whole), "resumed": weights(resumed)}
+
+
+def _one_a_rank(folder: Path) -> SftTrainer:
+    """Six steps in which each of four ranks has one micro-batch, as DDP wants it."""
+    options = {"full": True, "packed": False, "global_batch_size": 4, "per_device_train_batch_size": 1, "max_steps": 6}
+    return make(folder, tiny.random_rows(16), **options)
+
+
+def _by_ddp(trainer: SftTrainer) -> None:
+    """Gradients are averaged by DDP while they arrive."""
+    objective: Any = trainer.objective
+    accumulate, size = objective.accumulate, trainer._world.size
+    _wrap(trainer)
+    objective.accumulate = lambda batch, targets: accumulate(batch, targets / size)
+    objective.reduce = lambda world: None
+
+
+def _wrap(trainer: SftTrainer) -> None:
+    objective: Any = trainer.objective
+    objective._model = None  # the hooks of an earlier one go before others come
+    gc.collect()
+    objective._model = torch.nn.parallel.DistributedDataParallel(trainer.model)
 
 
 def _killed(folder: Path, case: str) -> dict[str, Any]:
