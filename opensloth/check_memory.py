@@ -1,6 +1,8 @@
 """What a check at the start found, kept for the next start with the same model, backend and versions.
 
-One small file each under `<root>/checks`; whatever is not the same is looked at again.
+One small file each under `<root>/checks`; whatever is not the same is looked at again. Of the weights the first
+elements of each tensor are compared, so that no model is read whole: one that was trained in between differs there
+too, while two that differ in nothing but other elements are taken for one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from opensloth.model import base_of
 
 FOLDER = "checks"
 SAMPLED = 16
-"""Elements of each weight that tell one model from another."""
+"""Elements of each weight that tell one model from another: of the first row, or from the first on where rows are
+shorter."""
 
 
 class CheckMemory:
@@ -69,7 +72,10 @@ def _backend(model: nn.Module, autocast: torch.dtype | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def _model_sha256(model: nn.Module) -> str:
-    """Of the config, and of name, shape, type, trainability and first elements of each weight: milliseconds."""
+    """Of the config, and of name, shape, type, trainability and the first SAMPLED elements of each weight.
+
+    It takes milliseconds.
+    """
     config = base_of(model).config.to_dict()
     config.pop("_name_or_path", None)  # the same model elsewhere is the same model
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

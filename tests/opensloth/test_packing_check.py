@@ -9,21 +9,24 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import packing
 import packing_scenarios
+import peft
 import pytest
 import smollm2
 import tiny
 import torch
+import transformers
 from launched import Run, with_faults
 from measured import at_least, at_most
 from train_rank import of_ranks
 
 from opensloth import attention, packing_check, trainer_factory
-from opensloth.check_memory import CheckMemory
+from opensloth.check_memory import SAMPLED, CheckMemory
 from opensloth.contract import EXIT_CODE_OF_CAUSE
 from opensloth.data.batch import Batch
 from opensloth.data.training_data import Rows, make_rows
@@ -268,16 +271,31 @@ def test_what_was_compared_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     assert first["cosine"] > EXACT.cosine
 
 
-def other_weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    model = tiny.make_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    return {"model": model}
+Change = Callable[[pytest.MonkeyPatch], dict[str, Any]]
 
 
-def other_versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(torch, "__version__", "99.0")
-    return {}
+def other_weights(at: str) -> Change:
+    """An MLP's weight is another: everywhere by a little, or in the first or last of the elements looked at."""
+
+    def change(_: pytest.MonkeyPatch) -> dict[str, Any]:
+        model = tiny.make_model("llama")
+        weight = model.model.layers[1].mlp.down_proj.weight
+        with torch.no_grad():
+            if at == "everywhere":
+                weight *= 1.0001
+            else:
+                weight[0, {"first": 0, "last": SAMPLED - 1}[at]] += 1
+        return {"model": model}
+
+    return change
+
+
+def other_version(package: ModuleType) -> Change:
+    def change(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        monkeypatch.setattr(package, "__version__", "99.0")
+        return {}
+
+    return change
 
 
 def other_code(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -285,11 +303,15 @@ def other_code(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
-OTHERS: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
+OTHERS: dict[str, Change] = {
     "another architecture": lambda _: {"model": tiny.make_model("mistral")},
-    "other weights": other_weights,
+    "other weights": other_weights("everywhere"),
+    "the first weight that is looked at": other_weights("first"),
+    "the last weight that is looked at": other_weights("last"),
     "another adapter": lambda _: {"rank": 4},
-    "another version of torch": other_versions,
+    "another version of torch": other_version(torch),
+    "another version of transformers": other_version(transformers),
+    "another version of peft": other_version(peft),
     "other code of ours": other_code,
 }
 
@@ -299,6 +321,16 @@ def test_what_is_not_the_same_is_compared_again(what: str, tmp_path: Path, monke
     trainer(tmp_path / "first")
     trainer(tmp_path / "second", **OTHERS[what](monkeypatch))
     assert not checked(tmp_path / "second")["remembered"]
+
+
+def test_weights_that_are_not_sampled_tell_nothing() -> None:
+    """The price of not reading the model whole: of a weight its first elements are looked at."""
+    model = tiny.make_model("llama")
+    CheckMemory("packing", model, engine="torch", autocast=None).remember({"cosine": 1.0})
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, SAMPLED:] += 1
+        model.model.layers[1].mlp.down_proj.weight[1:] += 1
+    assert CheckMemory("packing", model, engine="torch", autocast=None).recall() == {"cosine": 1.0}
 
 
 def test_type_and_engine_are_part_of_what_is_remembered() -> None:
