@@ -36,6 +36,8 @@ LONGEST = 64
 SHORTEST = 16
 CPU_WORK = 8e9
 """Parameters x tokens that a CPU is given, packed and alone each: about a second of a core."""
+USUAL_SECONDS = 5.0
+"""What it takes at most, as a rule; a run that waits longer is told."""
 WATCHED = 2e7
 """Elements of the gradient that are compared, about: where every weight is trained, of tensors from all over it."""
 
@@ -106,13 +108,11 @@ def require_same_gradient(
     if world.is_main:
         found = Agreement(**known) if known else compare(model, packed, alone, sample_of(rows, model))
     found = Agreement(*sum_over_ranks([found.cosine, found.norm_ratio], world))
-    events.emit(
-        "check",
-        check="packing",
-        remembered=known is not None,
-        seconds=round(time.monotonic() - started, 3),
-        **vars(found),
-    )
+    seconds = time.monotonic() - started
+    events.emit("check", check="packing", remembered=known is not None, seconds=round(seconds, 3), **vars(found))
+    if seconds > USUAL_SECONDS:
+        usual = f"usually at most {USUAL_SECONDS:.0f}s; what passes is remembered, and the next start does not wait"
+        events.note(f"the check of packing took {seconds:.1f}s, {usual}")
     if math.isnan(found.cosine):  # the first step that meets such a document stops, and names its rows
         events.warn("packing could not be checked: the gradient of the documents looked at is not finite")
         return

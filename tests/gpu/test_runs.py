@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(optim: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral"])
-def test_from_python(kind: str, tmp_path: Path) -> None:
+def test_from_python(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has learned is there when plain transformers and peft load the result in float32."""
     model = shapes.save(tmp_path / "model", kind)
     (tmp_path / "train.jsonl").write_text("".join(launched.row(i) for i in range(300)))
@@ -72,15 +72,21 @@ def test_from_python(kind: str, tmp_path: Path) -> None:
         fast_model_args=FastModelArgs(model_name=str(model), max_seq_length=gpu_runs.ROW, load_in_4bit=False),
         lora_args=LoraArgs(),
     )
-    out = tmp_path / "out"
-    arguments = TrainingArguments(
-        output_dir=str(out), gradient_accumulation_steps=2, per_device_train_batch_size=1, learning_rate=1e-2,
-        max_steps=30, warmup_steps=2, optim="adamw_torch", report_to="none", save_strategy="no",
+    arguments: dict[str, Any] = dict(
+        gradient_accumulation_steps=2, per_device_train_batch_size=1, learning_rate=1e-2, warmup_steps=2,
+        optim="adamw_torch", report_to="none", save_strategy="no",
     )  # fmt: skip
-    result = train(asked, arguments)
+    first = TrainingArguments(output_dir=str(tmp_path / "first"), max_steps=1, **arguments)
+    train(asked, first)  # compiles the kernels
+    monkeypatch.setenv("OSLO_ROOT", str(tmp_path / "root"))  # where no check is remembered
+    out = tmp_path / "out"
+    result = train(asked, TrainingArguments(output_dir=str(out), max_steps=30, **arguments))
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     steps = [event["loss"] for event in events if event["event"] == "step"]
     assert next(event for event in events if event["event"] == "engine")["engine"] == gpu_runs.engine()
+    (check,) = (event for event in events if event["event"] == "check")
+    assert not check["remembered"]
+    at_most("the check before the first step on a GPU, with its kernels compiled: seconds", check["seconds"], 5)
     assert result.loss is not None
     assert result.loss < 0.7 * steps[0]
     loaded = AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(DEVICE)

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from opensloth import checkpoint
+from opensloth import checkpoint, packing_check
 from opensloth.contract import Cause
 from opensloth.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from opensloth.files import create_json
@@ -481,3 +482,15 @@ def test_memory_and_speed_are_in_every_event(tmp_path: Path) -> None:
     assert all(0 < event["data_wait"] < 1 and event["mfu"] is None for event in steps)
     assert steps[-1]["eta"] == 0
     assert steps[0]["time"] >= started - 1
+
+
+@pytest.mark.parametrize(("took", "said"), [(5.1, ["the check of packing took 5.1s, usually at most 5s"]), (4.9, [])])
+def test_a_check_of_packing_that_takes_long_says_so(
+    took: float, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_check, "time", SimpleNamespace(monotonic=iter((10.0, 10.0 + took)).__next__))
+    assert trainer(tmp_path, max_steps=1).train().steps == 1
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["seconds"] for event in events if event["event"] == "check"] == [took]
+    notes = [event for event in events if event["event"] == "note" and "check" in event["message"]]
+    assert [note["message"].partition(";")[0] for note in notes] == said
