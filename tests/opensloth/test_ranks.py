@@ -167,10 +167,14 @@ def test_what_one_rank_alone_meets_stops_all_with_the_step_before_saved(
     undisturbed, found = (checkpoint_of(folder / run, BAD_STEP - 1) for run in ("whole", name))
     assert found.keys() == undisturbed.keys()
     assert {"random-state-0.pt", "random-state-1.pt", "optimizer.pt", "adapter_model.safetensors"} <= found.keys()
-    assert [file for file in found if found[file] != undisturbed[file]] == []
+    claim = f"a {name} that is not finite on one of two ranks"
+    others = [file for file in found if found[file] != undisturbed[file]]
+    at_most(f"{claim}: files of the step before that differ from an undisturbed run's", len(others), 0)
     for rank in ranks:
         assert rank[f"{name}, resumed"][1] == rank["whole"][1]
-        assert identical(rank[f"{name}, resumed"][0], rank["whole"][0])
+        resumed, whole = rank[f"{name}, resumed"][0], rank["whole"][0]
+        at_most(f"{claim}, resumed: weights differ from an undisturbed run's by", largest_distance(resumed, whole), 0)
+        assert identical(resumed, whole)
 
 
 def test_the_launcher_says_it_and_another_attempt_goes_on_from_there(tmp_path: Path) -> None:

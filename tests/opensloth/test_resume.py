@@ -48,8 +48,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(
     for rank in everything[1][world]:
         whole, found = (rank["interrupted"][case][part] for part in ("whole", interruption))
         assert found["history"] == whole["history"]
-        assert identical(found["weights"], whole["weights"])
-        assert identical(found["moments"], whole["moments"])
+        for what in ("weights", "moments"):
+            claim = f"resumed at the same number of ranks, {world}: {what} differ from the uninterrupted run's by"
+            at_most(claim, largest_distance(found[what], whole[what]), 0)
+            assert identical(found[what], whole[what])
 
 
 def test_those_runs_cross_epochs_and_are_evaluated(everything: tuple[Path, dict[int, list[Any]]]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from chat_templates import SPECIAL
 from data_tools import make_tokenizer
 from mask_oracle import STYLES, TOOLS, Style, has_markup
+from measured import at_least, at_most
 
 from opensloth.data.documents import IGNORE
 from opensloth.data.encode import Encoder
@@ -54,7 +55,7 @@ def test_what_is_trained_is_what_assistants_said(style: str, train_on: str, amou
     rows = [conversation(r, chosen) for _ in range(amount)]
     tokenizer = make_tokenizer(chosen.template)
     kept = {one.row.number: one for one in prepared(chosen, rows, train_on).documents()}
-    refused = 0
+    refused, wrong = 0, []
     for number, row in enumerate(rows, start=1):
         text, ids, labels = expected(tokenizer, chosen, row, train_on)
         if number not in kept:
@@ -69,9 +70,11 @@ def test_what_is_trained_is_what_assistants_said(style: str, train_on: str, amou
         assert before == 0 or shown != text, row
         assert document.ids[before:].tolist() == ids.tolist(), row
         found = document.labels
-        assert (found[:before] == IGNORE).all(), row
-        assert found[before:].tolist() == labels.tolist(), (row, tokenizer.decode(document.ids[found != IGNORE]))
-    assert len(kept) > amount / 2
+        if (found[:before] != IGNORE).any() or found[before:].tolist() != labels.tolist():
+            wrong.append((row, tokenizer.decode(document.ids[found != IGNORE])))
+    assert not wrong, wrong[0]
+    at_most("masks of random conversations, every template: documents not labelled as the oracle has it", len(wrong), 0)
+    at_least("masks of random conversations, every template: share of them compared", len(kept) / amount, 0.5)
     assert refused <= (amount / 5 if chosen.markup else 0)
 
 
