@@ -62,6 +62,9 @@ def packed_attention(  # noqa: PLR0913 - transformers' interface
         )
     if attention_mask is not None or unused.get("s_aux") is not None or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} asks for a mask, sinks or non-causal attention")
+    if torch.is_autocast_enabled(query.device.type):  # weights in float32 leave norms and rotary embeddings in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in VARLEN_DTYPES and not softcap and not dropout:
         attended = _varlen(query, key, value, document_offsets, longest_document, scaling, sliding_window)
     else:

@@ -115,9 +115,9 @@ of_plain_torch = pytest.mark.parametrize("kind", ["llama", "mistral", *shapes.BY
 """`engine: torch`: what the fast path could train, and what is left to plain torch."""
 
 
-def by_plain_torch(kind: str, folder: Path) -> tuple[Any, Objective]:
-    """An adapter on a model that packed documents are isolated in."""
-    model = shapes.made(kind, shapes.ADAPTER, DEVICE, folder)
+def by_plain_torch(kind: str, folder: Path, trained: str = shapes.ADAPTER) -> tuple[Any, Objective]:
+    """A model that packed documents are isolated in."""
+    model = shapes.made(kind, trained, DEVICE, folder)
     assert isolate_documents(model, max(shapes.LENGTHS)) is None
     return model, Objective(model, autocast=torch.bfloat16)
 
@@ -130,20 +130,23 @@ def losses(objective: Objective, batches: list[Batch]) -> list[float]:
 
 
 @of_plain_torch
-def test_plain_torch_packs_as_documents_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trained", [shapes.ADAPTER, shapes.WHOLE])
+def test_plain_torch_packs_as_documents_alone(
+    kind: str, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By CUDA's kernel for documents of several lengths, in every layer."""
     attended, varlen = [], attention._varlen
     monkeypatch.setattr(attention, "_varlen", lambda *given: attended.append(given[-1]) or varlen(*given))
-    _, count, gradient = expected(kind, shapes.ADAPTER)
-    model, objective = by_plain_torch(kind, scratch(tmp_path, "packed"))
+    _, count, gradient = expected(kind, trained)
+    model, objective = by_plain_torch(kind, scratch(tmp_path, "packed"), trained)
     attended.clear()
     objective.accumulate(packing.packed(shapes.documents()), count)
     window = getattr(base_of(model).config, "sliding_window", None)
     assert attended == [window] * base_of(model).config.num_hidden_layers * CUDA
     gate.require(PLAIN, gate.gradients(model), gradient)
 
-    made = shapes.made(kind, shapes.ADAPTER, DEVICE, scratch(tmp_path, "alone"))
-    alone = Objective(shapes.in_float32(made, kind, shapes.ADAPTER, DEVICE, tmp_path), autocast=None)
+    made = shapes.made(kind, trained, DEVICE, scratch(tmp_path, "alone"))
+    alone = Objective(shapes.in_float32(made, kind, trained, DEVICE, tmp_path), autocast=None)
     of_each = [
         losses(objective, [packing.packed(shapes.documents())]),
         losses(alone, packing.alone(shapes.documents())),

@@ -16,6 +16,7 @@ import tiny
 import torch
 from measured import at_least, at_most
 from packing import distance, gradients
+from torch import nn
 
 from opensloth import attention
 from opensloth.data.batch import padded_batch
@@ -164,3 +165,18 @@ def test_looking_at_a_model_leaves_random_numbers_and_gradients_alone() -> None:
     assert model.config._attn_implementation == attention.NAME
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_attention_is_computed_in_the_type_of_autocast(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own is: the kernel for packed documents takes 16 bits, and rotary embeddings leave float32."""
+    seen, one_by_one = [], attention._one_by_one
+    monkeypatch.setattr(attention, "_one_by_one", lambda *given: seen.append(given[:3]) or one_by_one(*given))
+    inputs = [torch.randn(1, 2, 7, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    documents = {"document_offsets": torch.tensor([0, 3, 7], dtype=torch.int32), "longest_document": 4}
+    exact, _ = attention.packed_attention(nn.Module(), *inputs, None, softcap=softcap, **documents)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = attention.packed_attention(nn.Module(), *inputs, None, softcap=softcap, **documents)
+    assert [x.dtype for given in seen for x in given] == [torch.float32] * 3 + [torch.bfloat16] * 3
+    assert rounded.dtype == torch.bfloat16
+    assert distance({"": rounded.float()}, {"": exact}) < 1e-2
