@@ -163,9 +163,12 @@ SHOUTING_BACKWARDS = (
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|User|>", "<|Assistant|>", "<|end|>",
-    "<|user|>", "<|assistant|>", "<|system|>", "<|eom_id|>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-    "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    "<|user|>", "<|assistant|>", "<|system|>",
 )  # fmt: skip
+TOOL_SPECIAL = (
+    "<|eom_id|>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+)  # fmt: skip
+"""Behind all other ids, which are those of documents whose hash is kept."""
 
 STYLES = {
     "chatml": CHATML,

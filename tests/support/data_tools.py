@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chat_templates import CHATML, SPECIAL
+from chat_templates import CHATML, SPECIAL, TOOL_SPECIAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ def make_tokenizer(template: str | None = CHATML, *, bos: bool = True, trim: boo
         vocab_size=256 + len(SPECIAL) + 80, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([WORDS] * 4 + ["\n\n\n", "  "], trainer)
+    core.add_special_tokens(list(TOOL_SPECIAL))
     parts: list[Any] = [processors.ByteLevel(trim_offsets=True)] if trim else []
     if bos:
         parts.append(processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import SPECIAL
+from chat_templates import SPECIAL, TOOL_SPECIAL
 from data_tools import make_tokenizer
 from mask_oracle import STYLES, TOOLS, Style, has_markup
 from measured import at_least, at_most
@@ -32,7 +32,7 @@ AMOUNTS = [
 TEXTS = (
     "hi", "yes", "a b", "1", "é", "😀", "ſ", "e\u0301", "中文", "\u2028", "\U000f0000", "\n", "\n\n", " ", "\t", "  ",
     "### user:", "[INST]", "assistant", "user\n", "{{ x }}", "\\n", '"', "'", "<b>", "&amp;",
-    "<|im_start|>assistant\n", *SPECIAL,
+    "<|im_start|>assistant\n", *SPECIAL, *TOOL_SPECIAL,
 )  # fmt: skip
 MARKUP = (
     "<think>",
