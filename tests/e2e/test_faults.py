@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 from kubectl import kubectl
-from stage import CLAIM, NAMESPACE, OnCluster, await_webhook, write_job
+from stage import CLAIM, NAMESPACE, OnCluster, await_operator, write_job
 
 from runner.helper_pod import helper_pod
 
@@ -514,8 +514,7 @@ def no_operator() -> Iterator[None]:
         yield
     finally:
         kubectl("scale", *deployment, "--replicas=1")
-        kubectl("rollout", "status", *deployment, "--timeout=180s")
-        await_webhook()
+        await_operator()
 
 
 def test_the_operator_is_away_during_a_submit(cluster: OnCluster, model: Path, tmp_path: Path) -> None:

@@ -130,9 +130,7 @@ def counted(model: torch.nn.Module) -> list[int]:
 def with_dropout(kind: str, trained: str) -> Any:
     """In training mode, dropout of 0.1 wherever the model or its adapter has one; packed."""
     model = packing.adapted(kind, dropout=0.1) if trained == "adapter" else tiny.make_model(kind)
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.1
+    tiny.set_dropout(model, 0.1)
     assert isolate_documents(model, LONGEST) is None
     return model.train()
 

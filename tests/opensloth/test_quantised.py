@@ -39,9 +39,8 @@ def test_two_ranks_train_weights_in_four_bits_as_one(tmp_path: Path) -> None:
 
 def test_moments_in_8_bits_come_back_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes keeps those of the two larger matrices in 8 bits; a run goes on from them to the same bits."""
-    monkeypatch.setattr(
-        Hardware, "quantises", True
-    )  # it computes on a CPU as well, where the product has no use for it
+    # Its optimizer computes on a CPU as well, where the product has no use for it.
+    monkeypatch.setattr(Hardware, "quantises", True)
     options: dict[str, Any] = {"full": True, "optim": "adamw_8bit", "max_steps": 6, "save_steps": 3}
     whole, resumed = (
         make(tmp_path / name, tiny.random_rows(60), save_strategy="steps", save_total_limit=2, **options)

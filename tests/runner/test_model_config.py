@@ -22,14 +22,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.seen.append((self.path, self.headers.get("Authorization")))
-        if self.path == "/team/moved/resolve/main/config.json":
+        elsewhere = {"moved": "", "away": f"http://localhost:{self.server.server_address[1]}"}
+        name = self.path.removeprefix("/team/").removesuffix("/resolve/main/config.json")
+        if name in elsewhere:
             self.send_response(302)
-            self.send_header("Location", "/team/model/resolve/main/config.json")
-            self.end_headers()
-        elif self.path == "/team/away/resolve/main/config.json":
-            self.send_response(302)
-            port = self.server.server_address[1]
-            self.send_header("Location", f"http://localhost:{port}/team/model/resolve/main/config.json")
+            self.send_header("Location", f"{elsewhere[name]}/team/model/resolve/main/config.json")
             self.end_headers()
         elif self.path == "/team/model/resolve/main/config.json":
             self.send_response(200)

@@ -161,8 +161,7 @@ def prepare_namespace(folder: Path) -> Path:
     """Apply k8s/ as its README says, in a namespace of the tests' own; returns the submitter's kubeconfig."""
     operator = str(REPOSITORY / "k8s" / "operator")
     kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=oslo", "-k", operator)
-    kubectl("-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
-    await_webhook()
+    await_operator()
     overlay = folder / "overlay"
     overlay.mkdir()
     base = os.path.relpath(REPOSITORY / "k8s" / "overlays" / "dev", overlay)
@@ -173,11 +172,12 @@ def prepare_namespace(folder: Path) -> Path:
     return submitter_kubeconfig(folder / "kubeconfig")
 
 
-def await_webhook() -> None:
-    """Until the operator's webhook has answered three times in a row.
+def await_operator() -> None:
+    """Until its pod is ready, and its webhook has answered three times in a row.
 
     For some seconds after its pod has been replaced, the way to the service may still lead to the pod that is gone.
     """
+    kubectl("-n", "kubeflow", "rollout", "status", "deployment/training-operator", "--timeout=180s")
     job = {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",

@@ -170,6 +170,15 @@ def make_model(kind: str = "llama", seed: int = 0, *, scale: float = 0.2) -> Any
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
 
 
+def set_dropout(model: Any, dropout: float) -> None:
+    """Wherever the model has one: its layers have read the config by now."""
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and three special tokens; a chat template of the ChatML kind."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

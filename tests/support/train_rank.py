@@ -77,11 +77,7 @@ def make(
     )
     world = join_world(cuda=False, timeout_seconds=arguments.ddp_timeout)
     model = load(kind)
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
+    tiny.set_dropout(model, dropout)
     spoil(model)
     model.config.use_cache = False
     place = place_in(out)
