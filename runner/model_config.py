@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.request import Request
 
 _NAME: Final = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SECONDS: Final = 3.0
@@ -91,7 +90,7 @@ def _asked(model: str, revision: str, environ: Mapping[str, str]) -> bytes:
     endpoint = (environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if not endpoint.startswith(("https://", "http://")):
         raise NoModelConfigError(f"HF_ENDPOINT is no address: {endpoint!r}")
-    request = Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")
+    request = urllib.request.Request(f"{endpoint}/{model}/resolve/{urllib.parse.quote(revision, safe='')}/config.json")
     token = _token(environ)
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -108,7 +107,7 @@ def _asked(model: str, revision: str, environ: Mapping[str, str]) -> bytes:
 class _SameHostRedirect(urllib.request.HTTPRedirectHandler):
     """The token goes along where the hub sends us on to a model's new name, and to no other host."""
 
-    def redirect_request(self, req: Request, *args: Any) -> Request | None:
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
         new = super().redirect_request(req, *args)
         token = req.get_header("Authorization")
         if new is not None and token and (new.type, new.host) == (req.type, req.host):
