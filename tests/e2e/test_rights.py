@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stage import OnCluster, write_job
+from stage import NAMESPACE, SUBMITTER, OnCluster, write_job
 
 pytestmark = pytest.mark.e2e
 ROLES = ("oslo-submitter", "oslo-helper")
@@ -31,14 +32,20 @@ def without(cluster: OnCluster) -> Iterator[Callable[[str, str], None]]:
     """without("pods", "list"): take a right away, from both Roles."""
     before = {name: json.loads(cluster.kubectl("get", "role", name, "-o", "json")) for name in ROLES}
 
+    taken: list[tuple[str, str]] = []
+
     def take(resource: str, verb: str) -> None:
         for name, role in before.items():
             rules = [_less(rule, verb) if resource in rule["resources"] else rule for rule in role["rules"]]
             _set(cluster, name, [rule for rule in rules if rule["verbs"]])
+        taken.append((resource, verb))
+        _await_right(cluster, resource, verb, "no")
 
     yield take
     for name, role in before.items():
         _set(cluster, name, role["rules"])
+    for resource, verb in taken:
+        _await_right(cluster, resource, verb, "yes")
 
 
 def _less(rule: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -47,6 +54,17 @@ def _less(rule: dict[str, Any], verb: str) -> dict[str, Any]:
 
 def _set(cluster: OnCluster, role: str, rules: list[dict[str, Any]]) -> None:
     cluster.kubectl("patch", "role", role, "--type=merge", "-p", json.dumps({"rules": rules}))
+
+
+def _await_right(cluster: OnCluster, resource: str, verb: str, allowed: str) -> None:
+    """Until the API server judges by the Roles as they are: it learns of a change to them a moment after it is made."""
+    name, _, part = resource.partition("/")
+    asked = ["auth", "can-i", verb, name, *([f"--subresource={part}"] if part else [])]
+    user = f"--as=system:serviceaccount:{NAMESPACE}:{SUBMITTER}"
+    end = time.monotonic() + 30
+    while cluster.kubectl(*asked, user, check=False).strip() != allowed:
+        assert time.monotonic() < end, f"the right to {verb} {resource} stays as it was"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
