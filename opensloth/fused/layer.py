@@ -29,13 +29,17 @@ class Norm:
     def __init__(self, module: Any) -> None:
         self._weight, self._eps = module.weight, float(module.variance_epsilon)
 
+    @property
+    def is_trained(self) -> bool:
+        return bool(self._weight.requires_grad)
+
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """x, out: [T, D]; out is written. Returns each row's scale, float32 [T]."""
         return operations.rms_norm(x, self._weight, self._eps, out)
 
     def backward(self, grad: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """out: gradient of x, plus `residual`, is written; the weight's is added to."""
-        if self._weight.requires_grad:
+        if self.is_trained:
             operations.add_norm_gradient(grad, x, scale, gradient_of(self._weight))
         operations.rms_norm_backward(grad, x, self._weight, scale, residual, out)
 
@@ -110,6 +114,11 @@ class Layer:
         self._keep, self._chunk = keep, chunk
         self._staged: dict[Projection, Staged] = {}
         self._deal_attention = self._deal_mlp = operations.Copies([])
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether its own gradients need that of its input: its first norm's is made with it."""
+        return self._norms[0].is_trained
 
     def use_staging(self, staged: Sequence[Staged]) -> None:
         """staged: room for each of `projections`; the parameters' gradients have their final places."""

@@ -15,7 +15,7 @@ from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Shared, gradient_of
-from opensloth.memory_estimate import LOGITS_BYTES, SCARCITY, Keep, mlp_part
+from opensloth.memory_estimate import LOGITS_BYTES, Keep, mlp_part
 
 
 class FusedModel:
@@ -35,7 +35,6 @@ class FusedModel:
         self._device = self._head_weight.device
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
-        self._logits_bytes = LOGITS_BYTES // SCARCITY[keep]
         chunk = chunk or mlp_part(base.config.intermediate_size, keep)
         shared: list[Shared] = [{}, {}, {}, {}]
         self._layers = [Layer(m, dtype, shared, keep=keep, chunk=chunk) for m in decoder.layers]
@@ -52,7 +51,7 @@ class FusedModel:
         rooms = {shape: projection.room_to_stage() for shape, projection in of_shape.items()}
         for layer in self._layers:
             layer.use_staging([rooms[projection.shape] for projection in layer.projections])
-        self._graphs = Graphs(self._run, self._device)
+        self._graphs = Graphs(self._device)
 
     def release(self) -> None:
         """Leave the transformers model as it was found, trained; this object must not be used any more."""
@@ -88,13 +87,16 @@ class FusedModel:
 
         batch: flat, on the CPU.
         """
-        return self._graphs(self._staged(inputs_of(batch, scale)))
+        return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale)))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
         self._refresh()
-        inputs = self._staged(inputs_of(batch, 0.0)).to(self._device)
+        return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0)))
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """One batch, forward alone; returns its sum of losses."""
         x, documents = self._embed(inputs.ids), self._documents(inputs)
         for layer in self._layers:
             x, _ = layer.forward(x, documents)
@@ -135,7 +137,8 @@ class FusedModel:
         """Where the gradient of a layer's input goes; None when nobody asks for it."""
         if layer:
             return self._layers[layer - 1].room_for_gradient(tokens)
-        return self._head.new_empty(tokens, self._head.shape[1]) if self._embedding.requires_grad else None
+        needed = self._embedding.requires_grad or self._layers[0].needs_input_gradient
+        return self._head.new_empty(tokens, self._head.shape[1]) if needed else None
 
     def _park(self, layer: int, kept: Kept) -> None:
         if self._parking and kept.x is not None:
@@ -157,7 +160,7 @@ class FusedModel:
         chosen = x[inputs.predictors]
         normed = torch.empty_like(chosen)
         rms = self._norm.forward(chosen, normed)
-        size = max(1, self._logits_bytes // (self._head.shape[0] * self._head.element_size()))
+        size = max(1, LOGITS_BYTES // (self._head.shape[0] * self._head.element_size()))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dnormed = torch.empty_like(normed)
         for begin in range(0, len(chosen), size):

@@ -155,7 +155,8 @@ def norm_rotate_backward(
     Where the weights are trained, their gradients are added to.
     """
     normed = heads.query + heads.key_value
-    if qkv.is_cuda and not weights[0].requires_grad:
+    trained = any(weight.requires_grad for weight in weights)
+    if qkv.is_cuda and not trained:
         from opensloth.fused.kernels import elementwise
 
         elementwise.norm_rotate_backward(grad, qkv, weights, documents.cos, documents.sin, heads.query, rstd)
@@ -164,7 +165,7 @@ def norm_rotate_backward(
     width = normed * documents.cos.shape[1] * 2
     turned, x = (t[:, :width].float().unflatten(1, (normed, -1)) for t in (grad, qkv))
     x = x * rstd[..., None]
-    if weights[0].requires_grad:
+    if trained:
         of_heads = (turned * x).sum(0)
         for weight, part in zip(weights, of_heads.split((heads.query, heads.key_value)), strict=True):
             if weight.grad is not None:

@@ -6,8 +6,9 @@
 
 So an adapter costs thin products only, never another pass over a large output. W holds several layers' weights one
 above the other (q, k and v; gate and up). Frozen ones are taken over: the layers keep working on their part of W.
-Trained ones are copied into it after every step. Those in 4 bits stay where they are: W is made anew of them for every
-use, in a buffer that projections of one shape share. B is block-diagonal.
+Trained ones are copied into it after every step, and so are those of another type, which would be rounded. Those in 4
+bits stay where they are: W is made anew of them for every use, in a buffer that projections of one shape share. B is
+block-diagonal.
 
 T tokens, K input width, N output width, R rank of all adapters together, rounded up to a multiple of 16.
 """
@@ -64,6 +65,7 @@ class Projection:
         self._adapters: list[_Adapter] = []
         self._taken_over: list[Any] = []
         self._trained: list[tuple[nn.Parameter, slice]] = []
+        self._copied: list[tuple[nn.Parameter, slice]] = []
         self._trained_biases: list[tuple[nn.Parameter, slice]] = []
         self._packed: list[tuple[FourBit, Tensor]] = []
         row = at = 0
@@ -104,13 +106,15 @@ class Projection:
         place.copy_(base.weight.data)
         if base.weight.requires_grad:
             self._trained.append((base.weight, rows))
+        if base.weight.requires_grad or base.weight.dtype != place.dtype:
+            self._copied.append((base.weight, rows))
         else:
             base.weight.data = place
             self._taken_over.append(base)
 
     def refresh(self) -> None:
-        """Take note of trained weights as they are now; for adapters that is `borders`."""
-        for weight, rows in self._trained:
+        """Take note of copied weights as they are now; for adapters that is `borders`."""
+        for weight, rows in self._copied:
             self._buffer[rows, : self.inputs].copy_(weight.data)
         for bias, rows in self._trained_biases:
             if self._bias is not None:
@@ -143,14 +147,15 @@ class Projection:
         ]
 
     def gradients(self, staged: Staged) -> list[tuple[Tensor, Tensor, float]]:
-        """(where `add_gradients` leaves it, the parameter's gradient, scale) of every adapter's halves."""
+        """(where `add_gradients` leaves it, the parameter's gradient, scale) of every adapter's halves in training."""
         return [
-            entry
+            (place, gradient_of(half), scale)
             for adapter in self._adapters
-            for entry in (
-                (staged.a[adapter.ranks], gradient_of(adapter.a), 1.0),
-                (staged.b[adapter.rows, adapter.ranks], gradient_of(adapter.b), adapter.scaling),
+            for place, half, scale in (
+                (staged.a[adapter.ranks], adapter.a, 1.0),
+                (staged.b[adapter.rows, adapter.ranks], adapter.b, adapter.scaling),
             )
+            if half.requires_grad
         ]
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from opensloth.flops import work_of
 from opensloth.fused.inputs import TOKENS, inputs_of
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
+from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
 from opensloth.memory_estimate import Keep
 from opensloth.model import attach_adapter, base_of, trainable_parameters
@@ -162,6 +165,21 @@ def test_every_weight_can_be_trained(kind: str, keep: Keep) -> None:
     agreeing(whole_model(kind), keep, ", every weight trained")
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_any_part_of_what_is_trained_can_be_looked_at_alone(kind: str, full: bool, first: int) -> None:
+    """As the check before the first step does with large models: every third tensor, the others frozen meanwhile."""
+    model = whole_model(kind) if full else model_of(kind)
+    trained = trainable_parameters(model)
+    for i, parameter in enumerate(trained):
+        parameter.requires_grad_(i % 3 == first)
+    agreeing(model, Keep.ALL, ", of a part of it").release()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    agreeing(model, Keep.ALL, ", of all after a part")
+
+
 @pytest.mark.parametrize("mutation", ["boundaries merged", "positions not reset"])
 def test_a_leak_is_seen(mutation: str) -> None:
     model, batch = model_of("llama"), packed(documents())
@@ -185,6 +203,37 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
     FusedModel(base_of(model), keep=Keep.ALL)
     assert Objective(model, autocast=None).loss_sum(batch).item() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_released_is_freed_at_once() -> None:
+    """A second set of buffers would otherwise stand beside the first until garbage is collected."""
+    model = model_of("qwen2")
+    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    fused.begin_step()
+    fused.accumulate(packed(documents()), 1.0)
+    buffers = [weakref.ref(projection._buffer) for projection in fused._projections]
+    gc.disable()
+    try:
+        fused.release()
+        del fused
+        assert not [buffer for buffer in buffers if buffer() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_frozen_weight_of_another_type_keeps_its_own() -> None:
+    """While the check before the first step looks at some of them, the others of a full training are frozen."""
+    linear = torch.nn.Linear(32, 48, bias=False).requires_grad_(False)
+    before, x = linear.weight.clone(), torch.randn(8, 32)
+    projection = Projection([linear], torch.bfloat16, {})
+    linear.weight.data += 1
+    projection.refresh()
+    room = projection.room_for_input(8)
+    room.copy_(x)
+    assert projection.forward(room).float() == pytest.approx(x @ (before + 1).T, rel=0.1, abs=0.5)
+    projection.release()
+    assert linear.weight.dtype is torch.float32
+    assert torch.equal(linear.weight, before + 1)
 
 
 def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_path: Path) -> None:
