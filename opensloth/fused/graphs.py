@@ -5,7 +5,11 @@ Python takes as long to launch the kernels of a small model as the GPU takes to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,37 +20,79 @@ MOST = 24
 """Captured shapes; the batches of others are launched kernel by kernel."""
 
 
-class Graphs:
-    """Runs a function of `Inputs` that only launches kernels; on CUDA a shape that comes again is captured."""
+@dataclass(frozen=True)
+class _Pool:
+    """What torch.cuda.use_mem_pool reads of a MemPool.
 
-    def __init__(self, run: Callable[[Inputs], Tensor], device: torch.device) -> None:
-        """run: returns a scalar. Whatever else it writes stays in one place."""
-        self._run, self._device = run, device
+    A MemPool itself may not be collected while another one is in use: torch then ends the process.
+    """
+
+    id: Any
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for every stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
+
+class Graphs:
+    """Runs functions of `Inputs` that only launch kernels; on CUDA a shape that comes again is captured.
+
+    What is launched without a graph uses the graphs' memory, on their stream: nothing of that size is held beside it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = {}
         self._seen: set[tuple[int, ...]] = set()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if device.type == "cuda":
+            self._stream = _stream(device)
+            self._pool = _Pool(torch.cuda.graph_pool_handle())
+            self._anchor = torch.cuda.CUDAGraph()  # while there is a graph of it, the pool keeps its memory
+            with torch.cuda.graph(self._anchor, pool=self._pool.id, stream=self._stream):
+                torch.zeros(1, device=device)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """inputs: on the CPU. Returns what `run` does."""
+    def replayed(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """What `run` returns, a scalar. inputs: on the CPU.
+
+        run: the same one every time; whatever it writes besides stays in one place.
+        """
         shape = inputs.shape
         if shape not in self._captured and not self._may_capture(shape):
             self._seen.add(shape)
-            return self._run(inputs.to(self._device))
+            return self.launched(run, inputs)
         if shape not in self._captured:
-            self._captured[shape] = self._capture(inputs)
+            self._captured[shape] = self._capture(run, inputs)
         graph, static, result = self._captured[shape]
         static.copy_(inputs)
         graph.replay()
         return result.clone()  # the next graph may use the same memory
 
+    def launched(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+        """The same, kernel by kernel."""
+        if self._device.type != "cuda":
+            return run(inputs.to(self._device))
+        with self._own_memory():
+            result = run(inputs.to(self._device))
+        return result.clone()
+
     def _may_capture(self, shape: tuple[int, ...]) -> bool:
         """The first batch of a shape is run as it is: it compiles kernels, and may be the only one."""
-        return self._pool is not None and shape in self._seen and len(self._captured) < MOST
+        return self._device.type == "cuda" and shape in self._seen and len(self._captured) < MOST
 
-    def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
+    def _capture(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
         static, graph = inputs.to(self._device), torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the graph's own memory takes the place of what was used without it
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = self._run(static)
+        with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream):
+            result = run(static)
         return graph, static, result
+
+    @contextlib.contextmanager
+    def _own_memory(self) -> Iterator[None]:
+        """Blocks of memory belong to the stream that asked for them, so the stream is the captures' too."""
+        torch.cuda.empty_cache()  # within a pool torch does not look for room elsewhere
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):  # type: ignore[arg-type]
+            yield
+        outer.wait_stream(self._stream)

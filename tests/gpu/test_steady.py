@@ -56,7 +56,7 @@ def lengths(seed: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The kernels that Triton compiles, or reads from its cache, for as long as it is open."""
+    """The kernels that Triton compiles, or reads from its cache on disk, for as long as it is open."""
     from triton import knobs
 
     before, seen = knobs.runtime.jit_cache_hook, []
@@ -71,10 +71,23 @@ def compilations() -> Iterator[list[str]]:
         knobs.runtime.jit_cache_hook = before
 
 
+def forget_kernels() -> None:
+    """This process has none of them any more, as if no test had been before."""
+    from triton.runtime import JITFunction
+
+    from opensloth.fused.kernels import attention, copy_table, cross_entropy, dequantise, elementwise
+
+    for module in (attention, copy_table, cross_entropy, dequantise, elementwise):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+
+
 @pytest.mark.parametrize(("kind", "trained"), [("qwen2", shapes.ADAPTER), ("qwen3", shapes.WHOLE)])
 def test_nothing_is_compiled_after_the_first_steps(kind: str, trained: str, tmp_path: Path) -> None:
     """Documents of ever other lengths: more shapes than are captured."""
     batches = [packing.packed(shapes.documents(lengths(seed), seed)) for seed in range(WARM + STEPS)]
+    forget_kernels()
     training = Training(kind, trained, tmp_path)
     with compilations() as first:
         for batch in batches[:WARM]:
@@ -104,3 +117,28 @@ def test_memory_is_flat(trained: str, keep: Keep, tmp_path: Path) -> None:
     assert min(taken[BEGIN]) > 0
     for name, begin, end in zip(("allocated", "reserved"), taken[BEGIN], taken[END], strict=True):
         at_most(f"bytes {name} on the GPU more after step {END} than after step {BEGIN}", end - begin, 0)
+
+
+def test_batches_of_new_shapes_use_the_memory_of_the_graphs(tmp_path: Path) -> None:
+    """Were they given memory of their own, a run would take twice what its batches need."""
+    rows = [packing.packed(shapes.documents((ROW - 300 * i, 100 + 7 * i))) for i in range(6)]
+    largest, others = rows[0], rows[1:]
+    training = Training("qwen2", shapes.ADAPTER, tmp_path)
+
+    def gradient_of_largest() -> torch.Tensor:
+        training.fused.begin_step()
+        training.fused.accumulate(largest, 1.0)
+        return training.fused.gradient.clone()
+
+    launched = gradient_of_largest()
+    captured = gradient_of_largest()
+    torch.cuda.synchronize()
+    alone = torch.cuda.memory_reserved()
+    for other in others:
+        training.fused.begin_step()
+        training.fused.accumulate(other, 1.0)
+        training.fused.loss_sum(other)
+        assert torch.equal(gradient_of_largest(), captured)
+    assert torch.equal(launched, captured)
+    assert len(training.fused._graphs._captured) == int(CUDA)
+    at_most("memory that batches of new shapes take beside a captured one", torch.cuda.memory_reserved() / alone, 1.1)
