@@ -17,14 +17,14 @@ from opensloth.model_shape import ModelShape
 GIB = 1 << 30
 CONTEXT_BYTES = int(0.6 * GIB)
 """Of a card's memory before the first tensor: the driver, the CUDA context, and the code of the kernels."""
-LOGITS_BYTES = GIB
-"""Room for logits at a time; half or a quarter of it where memory is scarce, and likewise:"""
+LOGITS_BYTES = GIB // 4
+"""Room for logits at a time."""
 MLP_BYTES = GIB
-"""Room for what an MLP makes and its gradients, where they are made in parts."""
+"""Room for what an MLP makes and its gradients, where they are made in parts; less where memory is scarce."""
 _OTHER_BYTES = GIB // 10
 """cuBLAS' workspaces, a batch's indices and turns, gradients of adapters before they are dealt out."""
 _USABLE = 0.95
-"""Of what is free: blocks do not lie without gaps."""
+"""Of what is free: blocks of batches of several shapes do not lie without gaps."""
 _HALF, _FLOAT = 2, 4
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: itself, an 8-bit scale of 64, a 32-bit scale of 256 of those."""
@@ -47,7 +47,7 @@ class Keep(Enum):
 
 
 SCARCITY = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}
-"""Logits and MLPs are made in parts of this fraction of their room."""
+"""MLPs are made in parts of this fraction of their room."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,10 @@ def roomiest(
 ) -> Keep | None:
     """The fastest of `choices` whose `working` bytes fit; None: no one does.
 
-    free: bytes of the device when weights, gradients and moments have their places. Room for one more part of the
-    logits is left: an evaluation cannot use what belongs to a captured graph.
+    free: bytes of the device when weights, gradients and moments have their places.
     """
     for keep in choices:
-        if estimate(shape, method, batch, keep).working + LOGITS_BYTES // SCARCITY[keep] <= _USABLE * free:
+        if estimate(shape, method, batch, keep).working <= _USABLE * free:
             return keep
     return None
 
@@ -204,7 +203,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) 
     mlp = again_mlp + _HALF * (4 * inner + width) * part
     attention = _HALF * (shape.attended + shape.qkv + width) * tokens
     layer = _HALF * (3 * width + down_border + out_border) * tokens + again + max(mlp, attention)
-    logits = min(LOGITS_BYTES // SCARCITY[keep], _HALF * shape.vocabulary * batch.targets)
+    logits = min(LOGITS_BYTES, _HALF * shape.vocabulary * batch.targets)
     loss = _HALF * width * (2 * tokens + 3 * batch.targets) + logits
     return kept * tokens, loss, layer
 
