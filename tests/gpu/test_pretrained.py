@@ -56,7 +56,7 @@ def test_every_documents_loss_and_the_gradient(tmp_path: Path) -> None:
     cosine, _ = gate.agreement(gate.gradients(model), gradient)
     at_least("pretrained SmolLM2 on the fast path: cosine of the gradient", cosine, gate.COSINE)
     found = [fused.loss_sum(part).item() for part in packing.by_document(batch)]
-    assert together == pytest.approx(sum(found), rel=1e-4)
+    assert together == pytest.approx(sum(found), rel=1e-3)  # 16 bits, and products of another number of rows
     off = packing.largest_error(found, expected)
     at_most("pretrained SmolLM2 on the fast path: a document's loss against float32", off, 5e-3)
     assert sum(expected) / count < 7, "no model of English"

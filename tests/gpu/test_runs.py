@@ -20,7 +20,7 @@ from measured import at_most
 from peft import AutoPeftModelForCausalLM
 from train_rank import identical, largest_distance
 
-from opensloth import run_config
+from opensloth import packing_check, run_config
 from opensloth.data.build import build
 from opensloth.data.prepared import PreparedDataset
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig, TrainingArguments
@@ -93,6 +93,20 @@ def test_from_python(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     documents = PreparedDataset.open(data)
     losses = packing.losses(loaded, packing.alone(documents)[:40])
     assert sum(losses) / len(losses) == pytest.approx(result.loss, rel=0.2)
+
+
+@pytest.mark.parametrize("scenario", [gpu_runs.an_adapter, gpu_runs.every_weight])
+def test_all_is_trained_though_the_check_looks_at_a_part(
+    scenario: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not looked at is frozen meanwhile. It is trained afterwards, and was not rounded to 16 bits."""
+    monkeypatch.setattr(packing_check, "WATCHED", 1e4)
+    monkeypatch.setenv("OSLO_ROOT", str(tmp_path / "root"))  # where no check is remembered
+    found = scenario(tmp_path)
+    assert found["engine"] == gpu_runs.engine()
+    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
+    assert [name for name, weight in found["weights"].items() if torch.equal(weight, weight.bfloat16().float())] == []
+    assert len(found["steps"]) == 8
 
 
 def prepared(folder: Path, model: Path) -> Path:

@@ -25,7 +25,7 @@ def require(claim: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -
     at_most(f"{claim}: farthest tensor of the gradient", max(distances(found, expected).values()), FARTHEST)
 
 
-FARTHEST = 0.3
+FARTHEST = 0.1
 """Relative L2 distance of one tensor, which the whole may hide."""
 
 

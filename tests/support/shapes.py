@@ -74,7 +74,8 @@ def made(kind: str, trained: str, device: torch.device, scratch: Path) -> Any:
     torch.manual_seed(0)
     config = (CONFIGS | BY_PLAIN_TORCH)[kind]()
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    _fill(base, ("norm", "bias"), around=1.0, size=0.3)
+    _fill(base, ("norm",), around=1.0, size=0.3)
+    _fill(base, ("bias",), around=0.0, size=0.3)  # around one they would hide whom a token attends to
     base.config.use_cache = False
     if trained == WHOLE:
         return base.to(device).requires_grad_(True)
