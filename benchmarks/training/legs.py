@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 ROW = 4096
-WARM = 24
-"""Steps of every leg before those that are timed."""
+WARM, WARM_7B = 24, 8
+"""Steps of a leg before those that are timed. A 7B step takes long, and launching its kernels hardly any of it."""
 OSLO = "oslo"
 ATTENTION = {"": "sdpa", "sdpa": "sdpa", "flex": "flex_attention"}
 PACKAGES = {OSLO: [], "trl": ["trl"], "trl+liger": ["trl", "liger_kernel"], "unsloth": ["unsloth"]}
@@ -19,6 +19,7 @@ class Leg:
     what is kept lies in host memory: oslo only). length: tokens of every document; None: log-normal. target_share: of
     a document's tokens, its last ones. full: every weight is trained. within: one evaluation and one checkpoint within
     the timed steps. start: ends after its first step, which is all that is timed. compiled: by `torch_compile`.
+    eight_bit: AdamW keeps its moments in 8 bits (oslo only).
     """
 
     program: str
@@ -32,6 +33,12 @@ class Leg:
     within: bool = False
     start: bool = False
     compiled: bool = False
+    eight_bit: bool = False
+
+    @property
+    def warm(self) -> int:
+        """Steps before those that are timed."""
+        return WARM_7B if self.shape == "7b" else WARM
 
     @property
     def peer(self) -> str:
@@ -50,6 +57,7 @@ class Leg:
             f"{self.target_share:.0%} targets": self.target_share < 1,
             "full": self.full,
             "torch_compile": self.compiled,
+            "8-bit AdamW": self.eight_bit,
             "evaluation and checkpoint": self.within,
             "start": self.start,
         }
@@ -68,11 +76,11 @@ class Leg:
 
     def steps(self, timed: int) -> int:
         """Of the whole run, when `timed` are to be timed."""
-        return 2 if self.start else WARM + timed
+        return 2 if self.start else self.warm + timed
 
     def middle(self, timed: int) -> int:
         """The step after which it evaluates and saves, once: twice as many are more than it has."""
-        return WARM + max(1, timed // 2)
+        return self.warm + max(1, timed // 2)
 
 
 def lacking(leg: Leg) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from opensloth import run_config
 from training import process
 from training.assets import Assets
-from training.legs import WARM, Leg
+from training.legs import Leg
 
 POLL_SECONDS = 0.2
 
@@ -58,8 +58,8 @@ def figures(events: list[dict[str, Any]], leg: Leg, started: float) -> dict[str,
     }
     if leg.start:
         return found
-    timed = steps[WARM:]
-    seconds = timed[-1]["time"] - steps[WARM - 1]["time"]
+    timed = steps[leg.warm :]
+    seconds = timed[-1]["time"] - steps[leg.warm - 1]["time"]
     return found | {
         "tokens_per_second": sum(event["tokens"] for event in timed) / seconds,
         "target_tokens_per_second": sum(event["target_tokens"] for event in timed) / seconds,
@@ -117,7 +117,7 @@ def config_of(assets: Assets, folder: Path, leg: Leg, timed: int) -> run_config.
                 "learning_rate": 1e-5,
                 "lr_scheduler_type": "constant",
                 "warmup_steps": 0,
-                "optim": "adamw_torch_fused",
+                "optim": "adamw_8bit" if leg.eight_bit else "adamw_torch_fused",
                 "max_grad_norm": 1.0,
                 "logging_steps": 1,
                 "report_to": "tensorboard",

@@ -18,7 +18,7 @@ from typing import Any
 
 from training import process
 from training.assets import Assets, read
-from training.legs import WARM, Leg
+from training.legs import Leg
 
 
 def main() -> None:
@@ -154,15 +154,15 @@ def _clock(trainer: Any, leg: Leg) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             step = state.global_step
-            if step in (1, WARM, state.max_steps):
+            if step in (1, leg.warm, state.max_steps):
                 _wait()
                 self.first = self.first or time.time()
                 self.until = time.perf_counter()
-            if step == WARM:
+            if step == leg.warm:
                 self.since, self.tokens = self.until, 0
             if process.worth_saying(step):
                 passed = time.perf_counter() - self.since
-                process.say(f"step {step}" + (f", {self.tokens / passed:,.0f} tokens/s" if step > WARM else ""))
+                process.say(f"step {step}" + (f", {self.tokens / passed:,.0f} tokens/s" if step > leg.warm else ""))
 
         def result(self) -> dict[str, Any]:
             peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0

@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.legs import WARM
-
 PROGRESS, ANSWER = "@progress ", "@answer "
 GRACE_SECONDS = 15
 EVERY = 25
@@ -39,7 +37,7 @@ def say(text: str) -> None:
 
 
 def worth_saying(step: int) -> bool:
-    return step in (1, WARM) or step % EVERY == 0
+    return step == 1 or step % EVERY == 0
 
 
 def answer(value: dict[str, Any]) -> None:
