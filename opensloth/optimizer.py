@@ -10,14 +10,16 @@ from torch import nn
 from transformers import get_scheduler
 
 from opensloth.arithmetic import StepPlan
-from opensloth.errors import ConfigError, Problem
+from opensloth.errors import ConfigError, DataError, Problem
 from opensloth.opensloth_config import TrainingArguments
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], arguments: Any) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], arguments: Any, *, flat_gradients: bool = False
+) -> torch.optim.Optimizer:
     """Weight decay goes to matrices, not to biases and norms.
 
-    arguments: transformers' TrainingArguments.
+    arguments: transformers' TrainingArguments. flat_gradients: they will lie as `flat.arrange` has it.
     Raises ConfigError when the optimizer is unknown or its package is missing.
     """
     groups = [
@@ -26,12 +28,17 @@ def make_optimizer(parameters: Sequence[nn.Parameter], arguments: Any) -> torch.
     ]
     try:
         kind, options = choose_optimizer(arguments)
+        if flat_gradients and arguments.optim in _FLAT and not arguments.optim_args:
+            from opensloth.flat_optimizer import FlatAdamW
+
+            return FlatAdamW(parameters, weight_decay=arguments.weight_decay, **options)
         optimizer: torch.optim.Optimizer = kind([group for group in groups if group["params"]], **options)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError([Problem("training.optim", f"{arguments.optim} cannot be used: {error}")]) from error
     return optimizer
 
 
+_FLAT = ("adamw_8bit", "adamw_bnb_8bit")
 _ADAMW: dict[str, dict[str, Any]] = {"adamw_torch": {}, "adamw_torch_fused": {"fused": True}}
 
 
@@ -73,10 +80,15 @@ def restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, A
 
     A checkpoint holds those too: they would silently undo a learning rate that was made smaller since.
     saved: {"optimizer", "scheduler"}, the state dicts of both.
+    Raises DataError when they are those of another optimizer, or of one that went with another engine.
     """
     given = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except ValueError as error:
+        reason = f"the checkpoint's moments are not laid out as this run's optimizer has them: {error}"
+        raise DataError(reason, "set training.optim and opensloth.engine as they were, or start anew") from error
     scheduler.load_state_dict(saved["scheduler"] | {"base_lrs": rates})
     parts = zip(optimizer.param_groups, given, rates, scheduler.lr_lambdas, strict=True)
     for group, options, rate, factor in parts:

@@ -38,6 +38,8 @@ class Objective:
     """The supervised loss of a model on a batch, and its gradient: autograd, in plain torch."""
 
     engine = "torch"
+    has_flat_gradients = False
+    """Whether every parameter has a gradient after each step, and they lie as `opensloth.flat` arranges them."""
 
     def __init__(
         self, model: nn.Module, *, autocast: torch.dtype | None, beat: Callable[[], None] = lambda: None

@@ -104,7 +104,7 @@ class SftTrainer:
         )
         self.engine, self.engine_reason = self.objective.engine, why
         arguments = transformers_arguments(self._training, place.final, config.name)
-        self._optimizer = make_optimizer(self._parameters, arguments)
+        self._optimizer = make_optimizer(self._parameters, arguments, flat_gradients=self.objective.has_flat_gradients)
         self._scheduler = make_scheduler(self._optimizer, self._training, self.plan)
         self.state = TrainerState(
             max_steps=self.plan.total_steps,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensloth import flat
 from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
@@ -41,11 +42,11 @@ class FusedModel:
         self._parking = Parking(self._device) if keep is Keep.HOST else None
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
-        self._parameters = [p for p in base.parameters() if p.requires_grad]
-        sizes = [p.numel() for p in self._parameters]
-        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=self._device)
+        parts = flat.arrange([p for p in base.parameters() if p.requires_grad])
+        self.gradient = torch.zeros(flat.size_of(parts), dtype=torch.float32, device=self._device)
         """All gradients end to end."""
-        self._views = [v.view_as(p) for v, p in zip(self.gradient.split(sizes), self._parameters, strict=True)]
+        self._parameters = [parameter for part in parts for parameter in part.parameters]
+        self._views = [view for part in parts for view in flat.views(part, self.gradient[part.begin :])]
         self.begin_step()
         of_shape = {projection.shape: projection for projection in self._projections}
         rooms = {shape: projection.room_to_stage() for shape, projection in of_shape.items()}

@@ -21,6 +21,7 @@ class FusedObjective(Objective):
     """Trains and evaluates by `FusedModel`."""
 
     engine = "fused"
+    has_flat_gradients = True
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -281,6 +282,34 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
     assert fast[1] == pytest.approx(plain[1], rel=1e-4)
     for found, expected in zip(fast[2], plain[2], strict=True):
         at_most("weights after steps on the fast path", float((found - expected).norm() / expected.norm()), 1e-4)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_its_gradients_lie_as_the_flat_optimizer_needs_them(full: bool) -> None:
+    """And train to the bits of bitsandbytes' own optimizer, given the same gradients."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    flat_optimizer = pytest.importorskip("opensloth.flat_optimizer")
+    model = whole_model("qwen2") if full else model_of("qwen2")
+    parameters, beside = trainable_parameters(model), trainable_parameters(copy.deepcopy(model))
+    optimizer = flat_optimizer.FlatAdamW(parameters, weight_decay=0.1, lr=1e-2)
+    groups = [
+        {"params": [p for p in beside if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in beside if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    alone = bitsandbytes.optim.AdamW(groups, lr=1e-2, optim_bits=8)
+    fused, losses = FusedModel(base_of(model), keep=Keep.ALL), []
+    for _ in range(3):
+        fused.begin_step()
+        losses.append(fused.accumulate(packed(documents()), 1e-3).item())
+        fused.clip(1.0)
+        for one, other in zip(parameters, beside, strict=True):
+            assert one.grad is not None
+            other.grad = one.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        alone.step()
+        assert all(torch.equal(one, other) for one, other in zip(parameters, beside, strict=True))
+    assert losses[2] < losses[0]
 
 
 def test_padding_of_shapes_that_come_again_is_counted() -> None:
