@@ -127,7 +127,8 @@ class Bench:
                 runs = self._asked.folder / leg.shape / "runs"
                 figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
             else:
-                reference = None if leg.kind in self._results.gates else str(self._reference(leg))
+                gated = leg.start or leg.kind in self._results.gates  # of a start no speed is told
+                reference = None if gated else str(self._reference(leg))
                 figures = self._run("training.peer", given | {"started": began, "reference": reference}, label)
         except process.LegError as error:
             record["failed"] = str(error)
