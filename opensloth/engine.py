@@ -11,7 +11,7 @@ from opensloth.data.training_data import Rows
 from opensloth.errors import ConfigError, Problem
 from opensloth.fused.keeping import roomiest
 from opensloth.fused.support import reason_against
-from opensloth.memory_estimate import Keep
+from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of
 from opensloth.opensloth_config import FastModelArgs, OpenSlothConfig
 from opensloth.step import Objective
@@ -37,20 +37,22 @@ def choose(
     if reason is None:
         from opensloth.fused.objective import FusedObjective
 
-        keep = _keep(model, config.fast_model_args, rows_per_batch * rows.capacity)
+        full = rows_per_batch * rows.capacity
+        keeping = _keeping(model, config.fast_model_args, full)
         why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
-        return FusedObjective(model, autocast=autocast, keep=keep, beat=beat), f"{why}; keeps {keep.value}"
+        objective = FusedObjective(model, autocast=autocast, keeping=keeping, full_batch=full, beat=beat)
+        return objective, f"{why}; keeps {keeping}"
     if config.engine == "fused":
         hint = "--set opensloth.engine=auto takes the next best"
         raise ConfigError([Problem("opensloth.engine", f"the fast path cannot train this: {reason}", hint)])
     return Objective(model, autocast=autocast, beat=beat), f"the fast path cannot train this: {reason}"
 
 
-def _keep(model: nn.Module, args: FastModelArgs, tokens: int) -> Keep:
+def _keeping(model: nn.Module, args: FastModelArgs, tokens: int) -> Keeping:
     """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" those in host memory."""
     asked = args.use_gradient_checkpointing
     if asked == "auto":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
         return roomiest(base_of(model).config, tokens, free, rank=max(ranks, default=0))
-    return {False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked]
+    return Keeping({False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked])

@@ -8,7 +8,7 @@ Every process holds a whole model, so all of it is of one GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,7 +23,7 @@ MLP_BYTES = GIB
 """Room for what an MLP makes and its gradients, where they are made in parts; less where memory is scarce."""
 _OTHER_BYTES = GIB // 10
 """cuBLAS' workspaces, a batch's indices and turns, gradients of adapters before they are dealt out."""
-_USABLE = 0.95
+_USABLE = 0.9
 """Of what is free: blocks of batches of several shapes do not lie without gaps."""
 _HALF, _FLOAT = 2, 4
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -36,17 +36,36 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 
 class Keep(Enum):
-    """ALL: all that the backward pass reads. ATTENTION: the MLPs are computed again. INPUTS: the layers' inputs;
-    the rest is computed again. HOST: as INPUTS, in host memory.
+    """ALL: all that the backward pass reads. INPUTS: the layers' inputs; the rest is computed again. HOST: as INPUTS,
+    in host memory.
     """
 
     ALL = "all"
-    ATTENTION = "all but the MLPs'"
     INPUTS = "inputs"
     HOST = "inputs in host memory"
 
 
-SCARCITY = {Keep.ALL: 1, Keep.ATTENTION: 2, Keep.INPUTS: 2, Keep.HOST: 4}
+@dataclass(frozen=True)
+class Keeping:
+    """What each layer keeps. whole: how many keep all, whatever the others do.
+
+    They are the last ones: their way back is the first, and then their memory is there for what is computed again.
+    """
+
+    keep: Keep
+    whole: int = 0
+
+    def of_layer(self, layer: int, layers: int) -> Keep:
+        return Keep.ALL if layer >= layers - self.whole else self.keep
+
+    def __str__(self) -> str:
+        if not self.whole or self.keep is Keep.ALL:
+            return self.keep.value
+        layers = "1 layer" if self.whole == 1 else f"{self.whole} layers"
+        return f"all in {layers}, {self.keep.value} in the others"
+
+
+SCARCITY = {Keep.ALL: 1, Keep.INPUTS: 2, Keep.HOST: 4}
 """MLPs are made in parts of this fraction of their room."""
 
 
@@ -108,25 +127,31 @@ class Estimate:
         return self.peak + CONTEXT_BYTES
 
 
-def estimate(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> Estimate:
-    """keep: plain torch knows ALL and INPUTS only; with it, the figure is a rough one."""
-    working = _fused_working if method.fused else _autograd_working
-    kept, loss, layer = working(shape, method, batch, keep)
+def estimate(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) -> Estimate:
+    """keeping: plain torch knows ALL and INPUTS only, for all layers; with it, the figure is a rough one."""
+    if method.fused:
+        kept, loss, layer = _fused_working(shape, method, batch, keeping)
+    else:
+        kept, loss, layer = _autograd_working(shape, method, batch, keeping.keep)
     trained = trained_parameters(shape, method) * (2 * _FLOAT + method.moments)
     weights = _frozen(shape, method) + added_weights(shape, method)
     return Estimate(int(weights), int(trained), int(kept), int(loss), int(layer), _OTHER_BYTES)
 
 
 def roomiest(
-    shape: ModelShape, method: Method, batch: Batch, free: int, choices: Iterable[Keep] = tuple(Keep)
-) -> Keep | None:
-    """The fastest of `choices` whose `working` bytes fit; None: no one does.
+    shape: ModelShape, method: Method, batch: Batch, free: int, choices: Sequence[Keep] = tuple(Keep)
+) -> Keeping | None:
+    """The fastest that fits of `choices`, the roomiest of which come first; None: no one does.
 
+    On the fast path, where ALL is among them, as many layers as fit keep all.
     free: bytes of the device when weights, gradients and moments have their places.
     """
     for keep in choices:
-        if estimate(shape, method, batch, keep).working <= _USABLE * free:
-            return keep
+        mixed = method.fused and keep is not Keep.ALL and Keep.ALL in choices
+        for whole in range(shape.layers - 1 if mixed else 0, -1, -1):
+            keeping = Keeping(keep, whole)
+            if estimate(shape, method, batch, keeping).working <= _USABLE * free:
+                return keeping
     return None
 
 
@@ -182,8 +207,23 @@ def _ranks(method: Method) -> tuple[int, ...]:
     return tuple(-(-rank // BORDER) * BORDER for rank in sums)
 
 
-def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:
+def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) -> tuple[float, float, float]:
     """kept, loss, layer of `opensloth.fused`."""
+    width, whole = shape.hidden, shape.layers if keeping.keep is Keep.ALL else keeping.whole
+    of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
+    of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
+    on_its_way = 3 * _HALF * width * batch.tokens if keeping.keep is Keep.HOST else 0  # two to the host, one back
+    kept = whole * of_whole + (shape.layers - whole) * of_other + on_its_way
+    layer = work_of_whole if whole else 0.0
+    if whole < shape.layers:
+        layer = max(layer, work_of_other - whole * of_whole)
+    logits = min(LOGITS_BYTES, _HALF * shape.vocabulary * batch.targets)
+    loss = _HALF * width * (2 * batch.tokens + 3 * batch.targets) + logits
+    return kept, loss, layer
+
+
+def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float]:
+    """What one layer keeps, and what its way back takes beside that."""
     width, inner, tokens = shape.hidden, shape.intermediate, batch.tokens
     qkv_border, out_border, up_border, down_border = _ranks(method)
     turned = 2 if shape.head_norms else 1  # qkv before and after its heads are normed
@@ -191,21 +231,13 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) 
     attended = _HALF * (width + qkv_border + turned * shape.qkv + shape.attended + out_border + width) + scales
     expanded = _HALF * (width + up_border + 2 * inner + down_border)
     of_input = _HALF * width
-    kept = {
-        Keep.ALL: shape.layers * (of_input + attended + expanded),
-        Keep.ATTENTION: shape.layers * (of_input + attended),
-        Keep.INPUTS: shape.layers * of_input,
-        Keep.HOST: 3 * of_input,  # two on their way to the host, one on its way back
-    }[keep]
-    part = tokens if keep is Keep.ALL else min(tokens, mlp_part(inner, keep))
-    again = {Keep.ALL: 0, Keep.ATTENTION: 0}.get(keep, attended) * tokens
-    again_mlp = 0 if keep is Keep.ALL else expanded * part
+    is_whole = keep is Keep.ALL
+    kept = {Keep.ALL: of_input + attended + expanded, Keep.INPUTS: of_input, Keep.HOST: 0}[keep]
+    part = tokens if is_whole else min(tokens, mlp_part(inner, keep))
+    again, again_mlp = (0, 0) if is_whole else (attended * tokens, expanded * part)
     mlp = again_mlp + _HALF * (4 * inner + width) * part
     attention = _HALF * (shape.attended + shape.qkv + width) * tokens
-    layer = _HALF * (3 * width + down_border + out_border) * tokens + again + max(mlp, attention)
-    logits = min(LOGITS_BYTES, _HALF * shape.vocabulary * batch.targets)
-    loss = _HALF * width * (2 * tokens + 3 * batch.targets) + logits
-    return kept * tokens, loss, layer
+    return kept * tokens, _HALF * (3 * width + down_border + out_border) * tokens + again + max(mlp, attention)
 
 
 def _autograd_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensloth.memory_estimate import Batch, Keep, Method, trained_parameters
+from opensloth.memory_estimate import Batch, Keep, Keeping, Method, trained_parameters
 from opensloth.model_shape import ModelShape
 
 _PRODUCTS, _ATTENTION = 0.64, 0.27
@@ -42,40 +42,39 @@ class Step:
     document: float
 
 
-def tokens_per_second(shape: ModelShape, method: Method, step: Step, keep: Keep, card: Card) -> float:
+def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Keeping, card: Card) -> float:
     """Of one GPU in a run through the launcher. method: fused."""
     batch = step.batch
+    again = 0.0 if keeping.keep is Keep.ALL else 1 - keeping.whole / shape.layers
     seconds = (
-        _products(shape, method, batch, keep) / (_PRODUCTS * card.operations)
-        + _attention(shape, step, keep) / (_ATTENTION * card.operations)
-        + _traffic(shape, method, step, keep) / (_TRAFFIC * card.bandwidth)
+        _products(shape, method, batch, again) / (_PRODUCTS * card.operations)
+        + _attention(shape, step, again) / (_ATTENTION * card.operations)
+        + _traffic(shape, method, step, again) / (_TRAFFIC * card.bandwidth)
         + shape.layers * _LAYER_SECONDS
     )
     return _LAUNCHER * batch.tokens / seconds
 
 
-def _products(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> float:
-    """Operations: two a weight forward, two for inputs' gradients, two for its own; and what is made again."""
+def _products(shape: ModelShape, method: Method, batch: Batch, again: float) -> float:
+    """Operations: two a weight forward, two for inputs' gradients, two for its own.
+
+    again: share of the layers that are computed again, all but their last product.
+    """
     times = 6 if method.is_full else 4
-    mlp = shape.layers * shape.hidden * shape.intermediate
-    again = {Keep.ALL: 0, Keep.ATTENTION: 2 * mlp}.get(keep, shape.linear - mlp)  # never the last product
-    return (times * shape.linear + 2 * again) * batch.tokens + times * shape.head_parameters * batch.targets
+    of_token = times * shape.linear + 2 * again * (shape.linear - shape.layers * shape.hidden * shape.intermediate)
+    return of_token * batch.tokens + times * shape.head_parameters * batch.targets
 
 
-def _attention(shape: ModelShape, step: Step, keep: Keep) -> float:
-    passes = 3.5 if keep in (Keep.ALL, Keep.ATTENTION) else 4.5  # the way back takes two and a half
+def _attention(shape: ModelShape, step: Step, again: float) -> float:
+    passes = 3.5 + again  # the way back takes two and a half
     seen = SPREAD * step.document
     return passes * 4 * shape.layers * shape.attended * seen * step.batch.tokens
 
 
-def _traffic(shape: ModelShape, method: Method, step: Step, keep: Keep) -> float:
+def _traffic(shape: ModelShape, method: Method, step: Step, again: float) -> float:
     """Bytes that element-wise kernels read and write, 16 bits each."""
     width, inner, batch = shape.hidden, shape.intermediate, step.batch
-    of_layer = 14 * width + 4 * shape.qkv + 9 * inner
-    if keep is not Keep.ALL:
-        of_layer += 2 * width + 3 * inner
-    if keep in (Keep.INPUTS, Keep.HOST):
-        of_layer += 2 * width + 2 * shape.qkv
+    of_layer = 14 * width + 4 * shape.qkv + 9 * inner + again * (4 * width + 2 * shape.qkv + 3 * inner)
     bytes_of_batch: float = 2 * shape.layers * of_layer * batch.tokens + 2 * 3 * shape.vocabulary * batch.targets
     if method.bits == 4:  # made whole for either way
         bytes_of_batch += 2 * (0.5 + 2) * shape.linear

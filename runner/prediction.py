@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opensloth.arithmetic import BatchShape
 from opensloth.errors import Problem
 from opensloth.human import human_duration
-from opensloth.memory_estimate import CONTEXT_BYTES, GIB, Batch, Estimate, Keep, Method, estimate, roomiest
+from opensloth.memory_estimate import CONTEXT_BYTES, GIB, Batch, Estimate, Keep, Keeping, Method, estimate, roomiest
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
@@ -48,8 +48,8 @@ class Prediction:
     is_rough: bool
     is_counted: bool
     may_refuse: bool
-    expected: tuple[Keep, Estimate]
-    smallest: tuple[Keep, Estimate]
+    expected: tuple[Keeping, Estimate]
+    smallest: tuple[Keeping, Estimate]
     tokens_per_second: float | None
     seconds: float | None
     changes: tuple[str, ...]
@@ -67,12 +67,12 @@ class Prediction:
     def problem(self) -> Problem | None:
         if self.fits is not False:
             return None
-        keep, least = self.smallest
+        keeping, least = self.smallest
         about = "about " if self.is_rough else ""
         name = self.gpu.name or "a GPU"
         message = (
             f"does not fit: training takes {about}{_gib(least.of_card)} of GPU memory at least, and {name} has "
-            f"{_gib(self.gpu.memory or 0)} ({self.gpu.source}); {_parts(least)}, keeping {keep.value}"
+            f"{_gib(self.gpu.memory or 0)} ({self.gpu.source}); {_parts(least)}, keeping {keeping}"
         )
         ways = "; or ".join([*self.changes, f"a GPU with {_gib(least.of_card)}"])
         hint = f"what makes it fit: {ways}. `submit --force` tries it all the same"
@@ -82,16 +82,16 @@ class Prediction:
 
     def rows(self) -> list[tuple[str, str]]:
         """As lines of the plan."""
-        keep, expected = self.expected
+        keeping, expected = self.expected
         about = "about " if self.is_rough else ""
         line = f"{about}{_gib(expected.of_card)}"
         if self.gpu.memory is not None:
             line += f" of the {_gib(self.gpu.memory)} of {self.gpu.name or 'a GPU'} ({self.gpu.source})"
-        line += f", keeping {keep.value} for the backward pass"
+        line += f", keeping {keeping} for the backward pass"
         found = [("memory", line), ("", _parts(expected))]
         least, smallest = self.smallest
         if _gib(smallest.of_card) != _gib(expected.of_card):
-            found.append(("", f"at least {_gib(smallest.of_card)}, keeping {least.value}"))
+            found.append(("", f"at least {_gib(smallest.of_card)}, keeping {least}"))
         if not self.is_counted and expected.loss > expected.layer:
             found.append(("", "as if every token were a target, and at the least none: nobody has counted them yet"))
         if self.gpu.memory is None:
@@ -142,8 +142,8 @@ def predict(config: RunConfig, model_config: Mapping[str, Any], gpu: Gpu, plan: 
         is_rough=rough,
         is_counted=plan.data is not None,
         may_refuse=config.opensloth.sequence_packing and not _may_be_windowed(config, shape),
-        expected=(expected, case.with_keep(expected)),
-        smallest=(case.keeps[-1], least),
+        expected=(expected, case.keeping(expected)),
+        smallest=(Keeping(case.keeps[-1]), least),
         tokens_per_second=rate,
         seconds=None if rate is None else _seconds(config, plan, rate),
         changes=changes,
@@ -218,18 +218,18 @@ class _Case:
     def least(self) -> Estimate:
         """What the run cannot do without."""
         batch = self.batch if self.targets is not None else Batch(self.batch.tokens, 0)
-        return estimate(self.shape, self.method, batch, self.keeps[-1])
+        return estimate(self.shape, self.method, batch, Keeping(self.keeps[-1]))
 
-    def with_keep(self, keep: Keep) -> Estimate:
-        return estimate(self.shape, self.method, self.batch, keep)
+    def keeping(self, keeping: Keeping) -> Estimate:
+        return estimate(self.shape, self.method, self.batch, keeping)
 
-    def choose(self, memory: int | None) -> Keep:
+    def choose(self, memory: int | None) -> Keeping:
         """What the engine will keep on a GPU of this memory."""
         if memory is None:
-            return self.keeps[0]
-        fixed = self.with_keep(self.keeps[0])
+            return Keeping(self.keeps[0])
+        fixed = self.keeping(Keeping(self.keeps[0]))
         free = memory - CONTEXT_BYTES - fixed.weights - fixed.trained
-        return roomiest(self.shape, self.method, self.batch, free, self.keeps) or self.keeps[-1]
+        return roomiest(self.shape, self.method, self.batch, free, self.keeps) or Keeping(self.keeps[-1])
 
     def rate(self, gpu: Gpu, plan: Plan) -> float | None:
         """Tokens a second on the fast path, padding not counted; None for a GPU that is not known."""
@@ -385,6 +385,6 @@ def _rounded(rate: float) -> int:
     return int(round(rate, -digits))
 
 
-def _choice_json(choice: tuple[Keep, Estimate]) -> dict[str, Any]:
-    keep, found = choice
-    return {"keeps": keep.value, "peak": found.peak, **asdict(found)}
+def _choice_json(choice: tuple[Keeping, Estimate]) -> dict[str, Any]:
+    keeping, found = choice
+    return {"keeps": str(keeping), "peak": found.peak, **asdict(found)}

@@ -17,6 +17,9 @@ from opensloth.fused.operations import tiles_of
 
 TOKENS = 256
 """Steps in which the number of tokens grows, and the least of the steps of targets and tiles."""
+NEARLY = 15 / 16
+"""From this part of a full batch on, a batch is filled up: of many lengths each would need blocks of memory that no
+longer batch can use again."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,15 @@ class Inputs:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
-def inputs_of(batch: Batch, scale: float) -> Inputs:
-    """batch: flat, on the CPU. scale: what the gradient of the sum of losses is multiplied with.
+def inputs_of(batch: Batch, scale: float, full: int = 0) -> Inputs:
+    """batch: flat, on the CPU. scale: what the gradient of the sum of losses is multiplied with. full: tokens of a full
+    batch; 0: none is known.
 
     Padding is one more document without targets. The row's last token predicts nothing, so that predictors
     without a target may point there.
     """
     offsets = batch.inputs["document_offsets"].tolist()
-    tokens = padded_tokens(offsets[-1])
+    tokens = padded_tokens(offsets[-1], full)
     over = tokens - offsets[-1]
     if over:
         offsets = [*offsets, tokens]
@@ -84,9 +88,9 @@ def inputs_of(batch: Batch, scale: float) -> Inputs:
     )
 
 
-def padded_tokens(tokens: int) -> int:
-    """How many positions are computed for so many tokens."""
-    return _up(tokens, TOKENS)
+def padded_tokens(tokens: int, full: int = 0) -> int:
+    """How many positions are computed for so many tokens. full: as in `inputs_of`."""
+    return _up(full if NEARLY * full <= tokens <= full else tokens, TOKENS)
 
 
 def _up(count: int, step: int) -> int:

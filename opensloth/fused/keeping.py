@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opensloth import memory_estimate
-from opensloth.memory_estimate import Batch, Keep, Method
+from opensloth.memory_estimate import Batch, Keep, Keeping, Method
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS
 
@@ -13,7 +13,7 @@ _MOMENTS_BYTES = 12
 """Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
 
 
-def roomiest(config: Any, tokens: int, free: int, *, rank: int) -> Keep:
+def roomiest(config: Any, tokens: int, free: int, *, rank: int) -> Keeping:
     """The fastest choice that fits.
 
     config: the model's. tokens: of a batch. free: bytes on the device, with the model loaded and nothing else.
@@ -22,4 +22,4 @@ def roomiest(config: Any, tokens: int, free: int, *, rank: int) -> Keep:
     shape = ModelShape.from_config(config.to_dict())
     method = Method(rank, LORA_TARGETS, shape.bits, _MOMENTS_BYTES, fused=True)
     left = free - memory_estimate.to_come(shape, method)
-    return memory_estimate.roomiest(shape, method, Batch(tokens, tokens), left) or Keep.HOST
+    return memory_estimate.roomiest(shape, method, Batch(tokens, tokens), left) or Keeping(Keep.HOST)

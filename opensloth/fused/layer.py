@@ -78,7 +78,6 @@ class Kept:
 
     x: Tensor | None
     attended: Attended | None = None
-    y: Tensor | None = None
     expanded: Expanded | None = None
 
 
@@ -88,7 +87,7 @@ class Layer:
     def __init__(self, module: Any, dtype: torch.dtype, shared: Sequence[Shared], *, keep: Keep, chunk: int) -> None:
         """module: transformers' layer. dtype: to compute in. shared: with all other layers, one for each projection.
 
-        chunk: tokens of an MLP that is computed again.
+        chunk: tokens of an MLP that is computed again at a time.
         """
         attention, mlp = module.self_attn, module.mlp
         groups = (
@@ -143,27 +142,30 @@ class Layer:
         attended, y = self._attend(x, documents)
         if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
-            return z, Kept(x, attended, y, expanded)
+            return z, Kept(x, attended, expanded)
         z = torch.empty_like(y)
-        for rows in self._chunks(len(y)):
+        for rows in self._parts(len(y)):
             z[rows] = self._expand(y[rows])[0]
-        return z, Kept(x, attended, y) if self._keep is Keep.ATTENTION else Kept(x)
+        return z, Kept(x)
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
-        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
+        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it. Empties `kept`."""
         self._load()
-        attended, y = kept.attended, kept.y
-        if attended is None or y is None:
-            if kept.x is None:
-                raise RuntimeError("a layer's input was put away and not brought back")
-            attended, y = self._attend(kept.x, documents)
+        attended = kept.attended
+        if attended is None:
+            attended, y = self._attend_again(kept, documents)
         dy = self._out.room_for_gradient(len(dz))
-        for rows in self._chunks(len(dz)):
-            expanded = kept.expanded if kept.expanded is not None else self._expand_again(y[rows])
+        for rows in self._parts(len(dz)):
+            expanded = self._expand_again(y[rows]) if kept.expanded is None else kept.expanded
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
             kept.expanded = None
             del expanded  # before the next part's are made
         self._attend_backward(dy, attended, documents, dx)
+
+    def _attend_again(self, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
+        if kept.x is None:
+            raise RuntimeError("a layer's input was put away and not brought back")
+        return self._attend(kept.x, documents)
 
     def _load(self) -> None:
         for projection in self.projections:
@@ -256,6 +258,6 @@ class Layer:
 
     # --- parts --------------------------------------------------------------------------------------
 
-    def _chunks(self, tokens: int) -> Iterator[slice]:
+    def _parts(self, tokens: int) -> Iterator[slice]:
         size = tokens if self._keep is Keep.ALL else self._chunk
         return itertools.starmap(slice, ((at, min(tokens, at + size)) for at in range(0, tokens, size)))

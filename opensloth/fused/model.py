@@ -16,7 +16,7 @@ from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Shared, gradient_of
-from opensloth.memory_estimate import LOGITS_BYTES, Keep, mlp_part
+from opensloth.memory_estimate import LOGITS_BYTES, Keep, Keeping, mlp_part
 
 
 class FusedModel:
@@ -26,8 +26,11 @@ class FusedModel:
     lie in wider buffers, which not everything that saves or merges them can read.
     """
 
-    def __init__(self, base: Any, *, keep: Keep, chunk: int | None = None) -> None:
-        """chunk: tokens of an MLP at a time where it is computed again; None: `mlp_part`."""
+    def __init__(self, base: Any, *, keeping: Keeping, full_batch: int = 0, chunk: int | None = None) -> None:
+        """full_batch: tokens of one, if they are known. chunk: of an MLP at a time where it is computed again; None:
+        `mlp_part`.
+        """
+        self._full_batch = full_batch
         decoder = base.model
         self._embedding: nn.Parameter = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
@@ -36,10 +39,14 @@ class FusedModel:
         self._device = self._head_weight.device
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
-        chunk = chunk or mlp_part(base.config.intermediate_size, keep)
+        chunk = chunk or mlp_part(base.config.intermediate_size, keeping.keep)
         shared: list[Shared] = [{}, {}, {}, {}]
-        self._layers = [Layer(m, dtype, shared, keep=keep, chunk=chunk) for m in decoder.layers]
-        self._parking = Parking(self._device) if keep is Keep.HOST else None
+        keeps = [keeping.of_layer(i, len(decoder.layers)) for i in range(len(decoder.layers))]
+        self._layers = [
+            Layer(m, dtype, shared, keep=k, chunk=chunk) for m, k in zip(decoder.layers, keeps, strict=True)
+        ]
+        self._parking = Parking(self._device)
+        self._parked = [keep is Keep.HOST for keep in keeps]
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         parts = flat.arrange([p for p in base.parameters() if p.requires_grad])
@@ -88,13 +95,13 @@ class FusedModel:
 
         batch: flat, on the CPU.
         """
-        return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale)))
+        return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale, self._full_batch)))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
         self._refresh()
-        return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0)))
+        return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0, self._full_batch)))
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """One batch, forward alone; returns its sum of losses."""
@@ -120,7 +127,7 @@ class FusedModel:
         del x
         self._fetch(len(kept) - 1)
         for i in reversed(range(len(self._layers))):
-            if self._parking:
+            if self._parked[i]:
                 kept[-1].x = self._parking.take(i)
             self._fetch(i - 1)
             before = self._room_before(i, tokens)
@@ -142,12 +149,12 @@ class FusedModel:
         return self._head.new_empty(tokens, self._head.shape[1]) if needed else None
 
     def _park(self, layer: int, kept: Kept) -> None:
-        if self._parking and kept.x is not None:
+        if self._parked[layer] and kept.x is not None:
             self._parking.put(layer, kept.x)
             kept.x = None
 
     def _fetch(self, layer: int) -> None:
-        if self._parking and layer >= 0:
+        if layer >= 0 and self._parked[layer]:
             self._parking.fetch(layer)
 
     def _documents(self, inputs: Inputs) -> Documents:

@@ -12,7 +12,7 @@ from opensloth.data.batch import Batch
 from opensloth.dist import World
 from opensloth.fused.inputs import padded_tokens
 from opensloth.fused.model import FusedModel
-from opensloth.memory_estimate import Keep
+from opensloth.memory_estimate import Keeping
 from opensloth.model import base_of
 from opensloth.step import Objective
 
@@ -28,17 +28,18 @@ class FusedObjective(Objective):
         model: nn.Module,
         *,
         autocast: torch.dtype | None,
-        keep: Keep,
+        keeping: Keeping,
+        full_batch: int = 0,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(model, autocast=autocast, beat=beat)
-        self._keep = keep
+        self._keeping, self._full_batch = keeping, full_batch
         self._taken_up: FusedModel | None = None
 
     @property
     def _fused(self) -> FusedModel:
         if self._taken_up is None:
-            self._taken_up = FusedModel(base_of(self._model), keep=self._keep)
+            self._taken_up = FusedModel(base_of(self._model), keeping=self._keeping, full_batch=self._full_batch)
         return self._taken_up
 
     def release(self) -> None:
@@ -51,7 +52,7 @@ class FusedObjective(Objective):
         return self._fused.loss_sum(batch)
 
     def positions(self, batch: Batch) -> int:
-        return padded_tokens(super().positions(batch))
+        return padded_tokens(super().positions(batch), self._full_batch)
 
     def begin_step(self) -> None:
         self._fused.begin_step()

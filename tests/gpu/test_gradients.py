@@ -14,6 +14,7 @@ import pytest
 import shapes
 import torch
 from cards import CUDA, DEVICE, NEEDS_BITSANDBYTES, NEEDS_GPU
+from keepings import ALL_KEPT, every_keeping
 from measured import at_most
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from opensloth import attention
 from opensloth.data.batch import Batch
 from opensloth.fused.model import FusedModel
 from opensloth.isolation import isolate_documents
-from opensloth.memory_estimate import Keep
+from opensloth.memory_estimate import Keeping
 from opensloth.model import base_of
 from opensloth.step import Objective
 
@@ -60,13 +61,13 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @trained_ways
-@pytest.mark.parametrize("keep", Keep)
+@every_keeping
 @pytest.mark.parametrize("kind", shapes.CONFIGS)
-def test_loss_and_gradient(kind: str, keep: Keep, trained: str, tmp_path: Path) -> None:
+def test_loss_and_gradient(kind: str, keeping: Keeping, trained: str, tmp_path: Path) -> None:
     """The first batch of a shape is launched kernel by kernel, the second captured, the third replayed: equal bits."""
     loss, count, gradient = expected(kind, trained)
     model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
-    fused = FusedModel(base_of(model), keep=keep, chunk=500)
+    fused = FusedModel(base_of(model), keeping=keeping, chunk=500)
     first, found = step(fused, model, batch, count)
     at_most(f"{CLAIM}: loss", abs(first.item() / loss - 1), 1e-3)
     gate.require(CLAIM, found, gradient)
@@ -85,9 +86,9 @@ def test_a_replay_takes_the_new_documents(trained: str, tmp_path: Path) -> None:
     without = []
     for i, batch in enumerate(batches):
         model = made(scratch(tmp_path, f"alone-{i}"))
-        without.append(step(FusedModel(base_of(model), keep=Keep.ALL), model, batch, 1000)[1])
+        without.append(step(FusedModel(base_of(model), keeping=ALL_KEPT), model, batch, 1000)[1])
     model = made(scratch(tmp_path, "together"))
-    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     for turn in range(6):
         assert same_bits(step(fused, model, batches[turn % 2], 1000)[1], without[turn % 2])
     assert not same_bits(*without)
@@ -104,7 +105,7 @@ def scratch(folder: Path, name: str) -> Path:
 def test_the_gate_sees_a_leak(mutation: Callable[[Batch], Batch], kind: str, trained: str, tmp_path: Path) -> None:
     _, count, gradient = expected(kind, trained)
     model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
-    _, found = step(FusedModel(base_of(model), keep=Keep.ALL), model, mutation(batch), count)
+    _, found = step(FusedModel(base_of(model), keeping=ALL_KEPT), model, mutation(batch), count)
     assert not gate.passes(found, gradient)
 
 

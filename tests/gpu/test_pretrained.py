@@ -17,11 +17,11 @@ import smollm2
 import tiny
 import torch
 from cards import DEVICE, NEEDS_GPU
+from keepings import ALL_KEPT
 from measured import at_least, at_most
 from transformers import AutoModelForCausalLM
 
 from opensloth.fused.model import FusedModel
-from opensloth.memory_estimate import Keep
 from opensloth.model import attach_adapter, base_of
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective
@@ -50,7 +50,7 @@ def test_every_documents_loss_and_the_gradient(tmp_path: Path) -> None:
 
     rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
     model = attach_adapter(rounded, CONFIG)
-    fused, batch = FusedModel(base_of(model), keep=Keep.ALL), packing.packed(rows)
+    fused, batch = FusedModel(base_of(model), keeping=ALL_KEPT), packing.packed(rows)
     fused.begin_step()
     together = fused.accumulate(batch, 1 / count).item()
     cosine, _ = gate.agreement(gate.gradients(model), gradient)

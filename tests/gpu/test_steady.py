@@ -14,13 +14,14 @@ import pytest
 import shapes
 import torch
 from cards import CUDA, DEVICE, NEEDS_GPU
+from keepings import ALL_KEPT
 from measured import at_most
 
 from opensloth.data.batch import Batch
 from opensloth.fused.graphs import MOST
 from opensloth.fused.inputs import inputs_of
 from opensloth.fused.model import FusedModel
-from opensloth.memory_estimate import Keep
+from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of, trainable_parameters
 
 pytestmark = NEEDS_GPU
@@ -32,9 +33,9 @@ BEGIN, END = 50, 500
 class Training:
     """Steps of one batch each."""
 
-    def __init__(self, kind: str, trained: str, scratch: Path, keep: Keep = Keep.ALL) -> None:
+    def __init__(self, kind: str, trained: str, scratch: Path, keeping: Keeping = ALL_KEPT) -> None:
         self.model: Any = shapes.made(kind, trained, DEVICE, scratch)
-        self.fused = FusedModel(base_of(self.model), keep=keep)
+        self.fused = FusedModel(base_of(self.model), keeping=keeping)
         self.optimizer = torch.optim.AdamW(trainable_parameters(self.model), lr=1e-4)
 
     def step(self, batch: Batch) -> None:
@@ -102,12 +103,12 @@ def test_nothing_is_compiled_after_the_first_steps(kind: str, trained: str, tmp_
     assert len(training.fused._graphs._captured) == (MOST if CUDA else 0)
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.HOST])
+@pytest.mark.parametrize("keeping", [ALL_KEPT, Keeping(Keep.HOST)], ids=str)
 @pytest.mark.parametrize("trained", [shapes.ADAPTER, shapes.WHOLE])
-def test_memory_is_flat(trained: str, keep: Keep, tmp_path: Path) -> None:
+def test_memory_is_flat(trained: str, keeping: Keeping, tmp_path: Path) -> None:
     """Batches of several shapes by turns, all of them captured long before the first look."""
     batches = [packing.packed(shapes.documents(lengths(seed), seed)) for seed in range(8)]
-    training = Training("qwen2", trained, tmp_path, keep)
+    training = Training("qwen2", trained, tmp_path, keeping)
     taken = {}
     for step in range(1, END + 1):
         training.step(batches[step % len(batches)])

@@ -13,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from keepings import ALL_KEPT, EVERY
 from peft import LoraConfig, get_peft_model
 from qwen_shapes import QWEN
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -28,6 +29,7 @@ from opensloth.memory_estimate import (
     Batch,
     Estimate,
     Keep,
+    Keeping,
     Method,
     added_weights,
     estimate,
@@ -65,7 +67,6 @@ TWO_PARTS, ONE_PART, TODAY = 2, 1, 0
 MEASURED = [
     ("0.5B, 2 rows", "0.5b", LORA, 8192, 1.0, Keep.ALL, 8.8, TWO_PARTS),
     ("0.5B, 2 rows, 40 % of the tokens are targets", "0.5b", LORA, 8192, 0.4, Keep.ALL, 7.8, TWO_PARTS),
-    ("0.5B, 2 rows", "0.5b", LORA, 8192, 1.0, Keep.ATTENTION, 3.9, TWO_PARTS),
     ("0.5B, 2 rows", "0.5b", LORA, 8192, 1.0, Keep.INPUTS, 2.5, TWO_PARTS),
     ("0.5B, 2 rows", "0.5b", LORA, 8192, 1.0, Keep.HOST, 1.7, TWO_PARTS),
     ("0.5B, 8 rows", "0.5b", LORA, 32_768, 1.0, Keep.ALL, 25.2, ONE_PART),
@@ -84,7 +85,7 @@ MEASURED = [
 def test_within_ten_percent_of_what_was_measured(
     title: str, size: str, method: Method, tokens: int, targets: float, keep: Keep, gib: float, parts: int
 ) -> None:
-    found = estimate(qwen(size), method, Batch(tokens, round(tokens * targets)), keep)
+    found = estimate(qwen(size), method, Batch(tokens, round(tokens * targets)), Keeping(keep))
     then = with_logits_in(parts, found, size, tokens * targets, keep) / GIB
     assert then == pytest.approx(gib, rel=0.1)
     row = f"| {title} | {keep.value} | {gib} | {then:.1f} | {found.peak / GIB:.1f} |"
@@ -100,12 +101,12 @@ def with_logits_in(parts: int, found: Estimate, size: str, targets: float, keep:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.ATTENTION, Keep.INPUTS])
-def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keep: Keep) -> None:
+@pytest.mark.parametrize("keeping", [k for k in EVERY if k.keep is not Keep.HOST], ids=str)
+def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keeping: Keeping) -> None:
     """In bfloat16 on the CPU, tensor by tensor."""
     base = tiny_model(family)
     adapted = get_peft_model(base, LoraConfig(r=8, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"))
-    fused = FusedModel(base_of(adapted), keep=keep)
+    fused = FusedModel(base_of(adapted), keeping=keeping)
     tokens = 64
     x = torch.zeros(tokens, base.config.hidden_size, dtype=torch.bfloat16)
     offsets = torch.tensor([0, tokens])
@@ -118,7 +119,7 @@ def test_kept_bytes_are_those_of_the_tensors_that_are_kept(family: str, keep: Ke
         kept.append(of_layer)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for one in kept for t in tensors_in(one)}
     method = Method(8, LORA_TARGETS, 16, 8, fused=True)
-    expected = estimate(shape_of(base), method, Batch(tokens, tokens), keep).kept
+    expected = estimate(shape_of(base), method, Batch(tokens, tokens), keeping).kept
     assert sum(storages.values()) == pytest.approx(expected, rel=0.03)
 
 
@@ -132,10 +133,10 @@ def test_weights_and_what_is_trained_are_those_of_the_model(family: str) -> None
     method = Method(8, ("q_proj", "down_proj"), 16, 8, fused=True)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained_parameters(shape, method) == trained
-    fused = FusedModel(base_of(adapted), keep=Keep.ALL)
+    fused = FusedModel(base_of(adapted), keeping=ALL_KEPT)
     buffers = sum(p._buffer.numel() * p._buffer.element_size() for p in fused._projections)
     taken_over = 2 * shape.linear
-    found = estimate(shape, method, Batch(8, 8), Keep.ALL)
+    found = estimate(shape, method, Batch(8, 8), ALL_KEPT)
     assert found.weights == loaded - taken_over + buffers
     assert to_come(shape, method) == trained * (4 + 8) + buffers - taken_over
 
@@ -188,13 +189,13 @@ def test_whatever_a_config_holds_there_is_an_estimate_or_a_reason(changes: dict[
     except ValueError:
         return
     for method in (LORA, FULL, dataclasses.replace(LORA, fused=False, bits=4)):
-        for keep in Keep:
-            assert estimate(shape, method, Batch(8192, 8192), keep).peak > 0
+        for keeping in EVERY:
+            assert estimate(shape, method, Batch(8192, 8192), keeping).peak > 0
 
 
 def test_four_bits_take_a_quarter_and_one_layer_whole() -> None:
     whole, four = (
-        estimate(qwen("7b"), dataclasses.replace(LORA, bits=bits), Batch(8192, 8192), Keep.HOST).weights
+        estimate(qwen("7b"), dataclasses.replace(LORA, bits=bits), Batch(8192, 8192), Keeping(Keep.HOST)).weights
         for bits in (16, 4)
     )
     shape = qwen("7b")
@@ -214,17 +215,20 @@ def test_weights_in_four_bits_are_those_of_the_model(tmp_path: Path) -> None:
         if state is not None:
             loaded += state.absmax.nbytes + state.state2.absmax.nbytes
     method = dataclasses.replace(LORA, bits=4)
-    expected = estimate(shape, method, Batch(8, 8), Keep.ALL).weights - added_weights(shape, method)
+    expected = estimate(shape, method, Batch(8, 8), ALL_KEPT).weights - added_weights(shape, method)
     assert loaded == pytest.approx(expected, rel=0.001)
 
 
 def test_more_never_takes_less() -> None:
     for size in QWEN:
         for method in (LORA, FULL, dataclasses.replace(LORA, fused=False)):
-            sizes = [estimate(qwen(size), method, Batch(n, n), Keep.ALL).peak for n in (1024, 4096, 65_536)]
+            sizes = [estimate(qwen(size), method, Batch(n, n), ALL_KEPT).peak for n in (1024, 4096, 65_536)]
             assert sizes == sorted(sizes)
-    peaks = [estimate(qwen("7b"), LORA, Batch(8192, 8192), keep).peak for keep in Keep]
-    assert peaks == sorted(peaks, reverse=True)
+    ways = [Keeping(Keep.ALL), *(Keeping(keep, n) for keep in (Keep.INPUTS, Keep.HOST) for n in range(27, -1, -1))]
+    for keep in (Keep.INPUTS, Keep.HOST):
+        fewer = [way for way in ways if way.keep in (Keep.ALL, keep)]
+        peaks = [estimate(qwen("7b"), LORA, Batch(8192, 8192), way).peak for way in fewer]
+        assert peaks == sorted(peaks, reverse=True)
 
 
 def test_what_is_kept_is_as_much_as_fits() -> None:
@@ -233,8 +237,8 @@ def test_what_is_kept_is_as_much_as_fits() -> None:
     for key, value in QWEN["7b"].items():
         setattr(config, key, value)
     kept = [roomiest(config, 8192, gib * GIB, rank=8) for gib in (64, 20, 4, 1)]
-    assert kept == [Keep.ALL, Keep.ATTENTION, Keep.INPUTS, Keep.HOST]
-    assert roomiest(config, 8192, 64 * GIB, rank=0) is Keep.HOST, "moments of every weight do not leave room"
+    assert kept == [ALL_KEPT, Keeping(Keep.INPUTS, 16), Keeping(Keep.INPUTS), Keeping(Keep.HOST)]
+    assert roomiest(config, 8192, 64 * GIB, rank=0) == Keeping(Keep.HOST), "moments of every weight do not leave room"
 
 
 def tiny_model(family: str) -> Any:

@@ -76,7 +76,13 @@ SIXTEEN_BITS = {"load_in_4bit": False}
 
 @pytest.mark.parametrize(
     ("gpu_memory", "keeps"),
-    [("80Gi", "all"), ("28Gi", "all but the MLPs'"), ("20Gi", "inputs"), ("17Gi", "inputs in host memory")],
+    [
+        ("80Gi", "all"),
+        ("28Gi", "all in 9 layers, inputs in the others"),
+        ("20Gi", "all in 1 layer, inputs in the others"),
+        ("19Gi", "inputs"),
+        ("17Gi", "inputs in host memory"),
+    ],
 )
 def test_what_is_kept_goes_by_the_memory_there_is(
     oslo: Oslo, write: Callable[..., Path], gpu_memory: str, keeps: str

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from keepings import ALL_KEPT, every_keeping
 from measured import at_most
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -23,12 +24,12 @@ from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
-from opensloth.fused.inputs import TOKENS, inputs_of
+from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
-from opensloth.memory_estimate import Keep
+from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import attach_adapter, base_of, trainable_parameters
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
@@ -119,12 +120,12 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), least) for n in expected)
 
 
-def agreeing(model: Any, keep: Keep, claim: str) -> FusedModel:
+def agreeing(model: Any, keeping: Keeping, claim: str) -> FusedModel:
     """The fast path for `model`, after its loss and gradient have been compared with autograd's."""
     batch = packed(documents())
     loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
-    fused = FusedModel(base_of(model), keep=keep, chunk=37)
+    fused = FusedModel(base_of(model), keeping=keeping, chunk=37)
     for _ in range(2):  # the second time all gradients start at zero again
         fused.begin_step()
         found = fused.accumulate(batch, 1 / count).item()
@@ -137,33 +138,33 @@ def agreeing(model: Any, keep: Keep, claim: str) -> FusedModel:
 KINDS = pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2", ALL), ("qwen3", ALL)])
 
 
-@pytest.mark.parametrize("keep", Keep)
+@every_keeping
 @KINDS
-def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keep: Keep) -> None:
+def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keeping: Keeping) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
-    agreeing(model_of(kind, targets=targets), keep, "")
+    agreeing(model_of(kind, targets=targets), keeping, "")
 
 
-@pytest.mark.parametrize("keep", Keep)
+@every_keeping
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 @KINDS
-def test_weights_in_four_bits(kind: str, targets: list[str], storage: str, keep: Keep, tmp_path: Path) -> None:
+def test_weights_in_four_bits(kind: str, targets: list[str], storage: str, keeping: Keeping, tmp_path: Path) -> None:
     """All layers' weights are made whole in the same buffers, one layer after the other; their own stay as they are.
 
     Some are stored as if their bytes were numbers of 16 bits, which sharding asks for.
     """
     model = four_bit_model(kind, tmp_path, storage=storage, targets=targets)
     before = bits(model)
-    agreeing(model, keep, ", weights in 4 bits").release()
+    agreeing(model, keeping, ", weights in 4 bits").release()
     after = bits(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("keep", Keep)
+@every_keeping
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_every_weight_can_be_trained(kind: str, keep: Keep) -> None:
+def test_every_weight_can_be_trained(kind: str, keeping: Keeping) -> None:
     """Norms, biases and embeddings too; tied embeddings get the head's gradient as well."""
-    agreeing(whole_model(kind), keep, ", every weight trained")
+    agreeing(whole_model(kind), keeping, ", every weight trained")
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
@@ -175,10 +176,10 @@ def test_any_part_of_what_is_trained_can_be_looked_at_alone(kind: str, full: boo
     trained = trainable_parameters(model)
     for i, parameter in enumerate(trained):
         parameter.requires_grad_(i % 3 == first)
-    agreeing(model, Keep.ALL, ", of a part of it").release()
+    agreeing(model, ALL_KEPT, ", of a part of it").release()
     for parameter in trained:
         parameter.requires_grad_(True)
-    agreeing(model, Keep.ALL, ", of all after a part")
+    agreeing(model, ALL_KEPT, ", of all after a part")
 
 
 @pytest.mark.parametrize("mutation", ["boundaries merged", "positions not reset"])
@@ -191,7 +192,7 @@ def test_a_leak_is_seen(mutation: str) -> None:
     else:  # the scores of plain rotary embeddings cannot see it: it is the turns themselves that differ
         ends = batch.inputs["document_offsets"][1:-1].long()
         batch.inputs["position_ids"][0, ends] += 1
-    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     fused.begin_step()
     fused.accumulate(batch, 1 / count)
     assert distance(gradients(model), expected) > 100 * BOUND
@@ -201,7 +202,7 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
     model, batch = model_of("qwen2"), packed(documents())
     before = Objective(model, autocast=None).loss_sum(batch).item()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedModel(base_of(model), keep=Keep.ALL)
+    FusedModel(base_of(model), keeping=ALL_KEPT)
     assert Objective(model, autocast=None).loss_sum(batch).item() == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -209,7 +210,7 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
 def test_what_is_released_is_freed_at_once() -> None:
     """A second set of buffers would otherwise stand beside the first until garbage is collected."""
     model = model_of("qwen2")
-    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     fused.begin_step()
     fused.accumulate(packed(documents()), 1.0)
     buffers = [weakref.ref(projection._buffer) for projection in fused._projections]
@@ -239,7 +240,7 @@ def test_a_frozen_weight_of_another_type_keeps_its_own() -> None:
 
 def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_path: Path) -> None:
     model, batch = model_of("qwen2"), packed(documents())
-    objective = FusedObjective(model, autocast=None, keep=Keep.ALL)
+    objective = FusedObjective(model, autocast=None, keeping=ALL_KEPT)
     first = accumulate_gradients(objective, [batch], ALONE).loss_sum
     objective.release()
     assert all(parameter.is_contiguous() and parameter.grad is None for parameter in model.parameters())
@@ -253,9 +254,9 @@ def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_pat
     assert torch.allclose(loaded(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.INPUTS])
+@pytest.mark.parametrize("keeping", [ALL_KEPT, Keeping(Keep.INPUTS)], ids=str)
 @pytest.mark.parametrize("full", [False, True])
-def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, full: bool) -> None:
+def test_steps_of_several_batches_train_as_the_plain_engine_does(keeping: Keeping, full: bool) -> None:
     """Clipping bites; the last step is short; what the optimizer did is seen by the next step."""
     rows = make_rows(documents(12), 256, packed=True, pad_id=0)
     order = RowOrder(len(rows), BatchShape(1, 3, 1), seed=0)
@@ -263,7 +264,7 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keep: Keep, ful
     def train(fast: bool) -> tuple[list[float], list[float], list[torch.Tensor]]:
         model = model_of("llama")
         parameters = trainable_parameters(model)
-        objective = FusedObjective(model, autocast=None, keep=keep) if fast else Objective(model, autocast=None)
+        objective = FusedObjective(model, autocast=None, keeping=keeping) if fast else Objective(model, autocast=None)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         losses, norms = [], []
         for step in range(order.steps_per_epoch):
@@ -297,7 +298,7 @@ def test_its_gradients_lie_as_the_flat_optimizer_needs_them(full: bool) -> None:
         {"params": [p for p in beside if p.ndim < 2], "weight_decay": 0.0},
     ]
     alone = bitsandbytes.optim.AdamW(groups, lr=1e-2, optim_bits=8)
-    fused, losses = FusedModel(base_of(model), keep=Keep.ALL), []
+    fused, losses = FusedModel(base_of(model), keeping=ALL_KEPT), []
     for _ in range(3):
         fused.begin_step()
         losses.append(fused.accumulate(packed(documents()), 1e-3).item())
@@ -314,9 +315,23 @@ def test_its_gradients_lie_as_the_flat_optimizer_needs_them(full: bool) -> None:
 
 def test_padding_of_shapes_that_come_again_is_counted() -> None:
     model, batch = model_of("llama"), packed(documents())
-    computed = FusedObjective(model, autocast=None, keep=Keep.ALL).positions(batch)
+    computed = FusedObjective(model, autocast=None, keeping=ALL_KEPT).positions(batch)
     assert computed == len(inputs_of(batch, 1.0).ids)
     assert batch.tokens < computed < batch.tokens + TOKENS
+
+
+def test_batches_that_are_nearly_full_have_one_size() -> None:
+    """What they are filled up with changes nothing beyond rounding."""
+    sizes = {tokens: padded_tokens(tokens, 6000) for tokens in (300, 5600, 5700, 5999, 6000, 6001)}
+    assert sizes == {300: 512, 5600: 5632, 5700: 6144, 5999: 6144, 6000: 6144, 6001: 6144}
+    batch, found = packed(documents()), []
+    for full in (0, batch.tokens + 20):
+        model = model_of("qwen2")
+        fused = FusedModel(base_of(model), keeping=ALL_KEPT, full_batch=full)
+        fused.begin_step()
+        found.append((fused.accumulate(batch, 1e-3).item(), gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert distance(found[1][1], found[0][1]) < BOUND
 
 
 def test_documents_of_a_few_tokens_and_of_one() -> None:
@@ -324,7 +339,7 @@ def test_documents_of_a_few_tokens_and_of_one() -> None:
     model, batch = model_of("llama"), packed(tiny.Documents(rows))
     loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
-    fused = FusedModel(base_of(model), keep=Keep.ALL)
+    fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     fused.begin_step()
     assert fused.accumulate(batch, 1 / count).item() == pytest.approx(loss, rel=1e-6)
     assert distance(gradients(model), expected) < BOUND

@@ -1,0 +1,11 @@
+"""What is kept for the backward pass: each way, alone and with one layer that keeps all."""
+
+from __future__ import annotations
+
+import pytest
+
+from opensloth.memory_estimate import Keep, Keeping
+
+ALL_KEPT = Keeping(Keep.ALL)
+EVERY = (ALL_KEPT, *(Keeping(keep, whole) for keep in (Keep.INPUTS, Keep.HOST) for whole in (0, 1)))
+every_keeping = pytest.mark.parametrize("keeping", EVERY, ids=str)
