@@ -2,10 +2,10 @@
 
     python benchmarks/train.py --results FILE.json [--cases 0.5b,7b] [--minutes 9]
 
-A leg is timed only after its gradient has been compared with that of single documents in float32. It needs a CUDA
-GPU, and trl, liger-kernel and unsloth for the peers: what is not installed is left out, and said. FILE is written after
-every leg; a second call with the same file goes on where the first stopped. To have a leg that failed tried again, take
-it out of the file.
+A leg is timed only after its gradient has been compared with that of single documents in float32 (but one that tells no
+more than when its first step ends). It needs a CUDA GPU, and trl, liger-kernel and unsloth for the peers: what is not
+installed is left out, and said. FILE is written after every leg; a second call with the same file goes on where the
+first stopped. To have a leg that failed tried again, take it out of the file.
 """
 
 # ruff: noqa: T201 (printing is for the person who runs this)
@@ -124,7 +124,7 @@ class Bench:
         allowed = min(self._asked.limit, self.seconds_left())
         try:
             if leg.program == OSLO:
-                runs = self._asked.folder / leg.shape / "runs"
+                runs = made.home(self._asked.folder, leg.shape) / "runs"
                 figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
             else:
                 gated = leg.start or leg.kind in self._results.gates  # of a start no speed is told
@@ -149,7 +149,7 @@ class Bench:
         self._results.write()
 
     def _reference(self, leg: Leg) -> Path:
-        return Path(self._asked.folder) / leg.shape / f"reference-{'full' if leg.full else 'adapter'}.pt"
+        return made.home(self._asked.folder, leg.shape) / f"reference-{'full' if leg.full else 'adapter'}.pt"
 
     def _run(self, module: str, given: dict[str, Any], label: str) -> dict[str, Any]:
         search = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]

@@ -17,7 +17,7 @@ BLOCK = 256
 SMALL = 4096
 """Tensors of fewer elements have moments in 32 bits there."""
 MOST = 1 << 30
-"""Elements of one part, about: kernels count them in 32 bits."""
+"""Elements of one part, unless a single tensor has more: kernels count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def views(part: Part, whole: Tensor) -> list[Tensor]:
     return [whole[start : start + p.numel()].view_as(p) for p, start in zip(part.parameters, part.starts, strict=True)]
 
 
-def gradient_of(part: Part) -> Tensor:
+def whole_gradient(part: Part) -> Tensor:
     """The part's gradients as the one tensor that they are views of.
 
     Raises RuntimeError when they do not lie as `arrange` has it.

@@ -24,7 +24,12 @@ class FlatAdamW(AdamW):
     def __init__(
         self, parameters: Sequence[nn.Parameter], *, weight_decay: float, most: int = flat.MOST, **options: Any
     ) -> None:
-        """weight_decay: of matrices; vectors have none. options: as AdamW's. most: elements of one launch, about."""
+        """parameters: of one type, on one device. weight_decay: of matrices; vectors have none. options: as AdamW's.
+
+        most: elements of one launch, unless a single tensor has more.
+        """
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
+            raise ValueError("parameters of one type on one device are needed")
         self._parts = [(part, _whole(part)) for part in flat.arrange(parameters, most)]
         groups = [
             {"params": [whole], "weight_decay": weight_decay * part.is_matrices, "is_small": part.is_small}
@@ -41,7 +46,7 @@ class FlatAdamW(AdamW):
     def step(self, closure: Any = None) -> Any:
         for part, whole in self._parts:
             _require_in_place(part, whole)
-            whole.grad = flat.gradient_of(part)
+            whole.grad = flat.whole_gradient(part)
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -109,12 +109,30 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None)
     if base is not model:
         model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         return
+    state = _on_cpu(base, dtype)
     if dtype is None:
-        base.save_pretrained(folder, save_original_format=False)  # named as the parameters are: `load_weights`
+        # Named as the parameters are, for `load_weights`.
+        base.save_pretrained(folder, state_dict=state, save_original_format=False)
         return
-    base.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in base.state_dict().items()})
+    base.save_pretrained(folder, state_dict=state)
     config_file = folder / "config.json"  # transformers writes the dtype in which the weights were trained
     write_json(config_file, json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _on_cpu(base: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The weights, each in memory of its own; those that are tied stay one.
+
+    transformers would copy what lies in one piece of memory with others, all of it at a time, on the GPU.
+    """
+    made: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in base.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape
+        if place not in made:
+            alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+            made[place] = tensor.to("cpu", dtype or tensor.dtype, copy=not alone)
+        state[name] = made[place]
+    return state
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

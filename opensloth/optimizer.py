@@ -75,20 +75,35 @@ def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingArguments
         raise ConfigError([Problem("training.lr_scheduler_kwargs", message)]) from error
 
 
+_HINT = "resume where and as it was trained (training.optim, opensloth.engine), or start anew"
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """By which a checkpoint knows it."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def kept(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """What a checkpoint holds of them."""
+    return {"kind": kind_of(optimizer), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+
+
 def restore(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any]) -> None:
     """Put back the moments and the place in the schedule; rates, decay and betas are the config's.
 
     A checkpoint holds those too: they would silently undo a learning rate that was made smaller since.
-    saved: {"optimizer", "scheduler"}, the state dicts of both.
-    Raises DataError when they are those of another optimizer, or of one that went with another engine.
+    saved: as `kept` makes it.
+    Raises DataError when it is of another kind of optimizer: what 8-bit AdamW keeps depends on the engine too.
     """
+    kind = saved.get("kind", kind_of(optimizer))  # of an older version: not said
+    if kind != kind_of(optimizer):
+        raise DataError(f"the checkpoint holds the moments of {kind}, and this run has {kind_of(optimizer)}", _HINT)
     given = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
-        reason = f"the checkpoint's moments are not laid out as this run's optimizer has them: {error}"
-        raise DataError(reason, "set training.optim and opensloth.engine as they were, or start anew") from error
+        raise DataError(f"the checkpoint's moments are of other parameters: {error}", _HINT) from error
     scheduler.load_state_dict(saved["scheduler"] | {"base_lrs": rates})
     parts = zip(optimizer.param_groups, given, rates, scheduler.lr_lambdas, strict=True)
     for group, options, rate, factor in parts:

@@ -26,7 +26,7 @@ from opensloth.events import Events
 from opensloth.flops import measured_peak, work_of
 from opensloth.meter import Meter
 from opensloth.model import load_weights, save_model, trainable_parameters
-from opensloth.optimizer import make_optimizer, make_scheduler, restore
+from opensloth.optimizer import kept, make_optimizer, make_scheduler, restore
 from opensloth.orders import CAUSES, Orders
 from opensloth.pulse import Pulse
 from opensloth.reporting import Reporting, transformers_arguments
@@ -338,8 +338,7 @@ class SftTrainer:
         )
         tensors = None
         if not self._training.save_only_model:
-            tensors = {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
-            tensors["unlogged"] = self._meter.pending
+            tensors = kept(self._optimizer, self._scheduler) | {"unlogged": self._meter.pending}
         folder = self._checkpoints.save(state, self._write_model, tensors)
         self._last_good, self._saved_step = folder, step
         seconds = round(time.monotonic() - started, 3)

@@ -5,6 +5,7 @@ Speed does not depend on the values of weights. The adapter's B is not zero, so 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -53,10 +54,16 @@ class Assets:
     gate: Path
 
 
+def home(folder: Path, shape: str) -> Path:
+    """A model of other sizes, or of other random weights, lies elsewhere."""
+    made_of = hashlib.sha256(json.dumps(SHAPES[shape], sort_keys=True).encode()).hexdigest()
+    return folder / f"{shape}-{made_of[:8]}"
+
+
 def place(folder: Path, leg: Leg, timed: int) -> Assets:
     """Where they lie for `leg` with `timed` steps; nothing is written."""
     kind = f"{leg.row}-{leg.length or 'mixed'}-{leg.target_share:g}"
-    shape = folder / leg.shape
+    shape = home(folder, leg.shape)
     documents = _count(leg, timed)
     return Assets(
         shape / "model",

@@ -39,7 +39,7 @@ def _case_line(case: Case, results: Results) -> str:
     for leg in (found.own, found.peer):
         figures = results.figures(leg) if leg else []
         shown = "first_step_seconds" if case.seconds else "tokens_per_second"
-        name = f" ({leg.program}, {leg.rows} rows, recompute {leg.recompute})" if leg else ""
+        name = f" ({leg.name})" if leg else ""
         cells += [_spread(figures, shown) + name, f"{peak(figures):.2f}" if figures else ""]
     value = "" if found.value is None else f"{found.value:+.1f} s" if case.seconds else f"{found.value:.2f}"
     bars = [verdict(case, found.value, bar) for bar in (case.must, case.aim)]

@@ -24,7 +24,8 @@ MOST = 24
 class _Pool:
     """What torch.cuda.use_mem_pool reads of a MemPool.
 
-    A MemPool itself may not be collected while another one is in use: torch then ends the process.
+    A MemPool that is collected while another one is in use ends the process: its end empties the cache, and torch 2.11
+    asserts that nobody allocates from a pool then (synchronize_and_free_events).
     """
 
     id: Any
@@ -32,7 +33,10 @@ class _Pool:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: cuBLAS keeps a workspace for every stream that it has worked on."""
+    """One for all: cuBLAS keeps a workspace for every stream that it has worked on.
+
+    So of one device only one `Graphs` may hold captures: in newer torch the end of a graph clears its workspace.
+    """
     return torch.cuda.Stream(device)
 
 
@@ -46,18 +50,14 @@ class Graphs:
         self._device = device
         self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = {}
         self._seen: set[tuple[int, ...]] = set()
-        if device.type == "cuda":
-            self._stream = _stream(device)
-            self._pool = _Pool(torch.cuda.graph_pool_handle())
-            self._anchor = torch.cuda.CUDAGraph()  # while there is a graph of it, the pool keeps its memory
-            with torch.cuda.graph(self._anchor, pool=self._pool.id, stream=self._stream):
-                torch.zeros(1, device=device)
+        self._longest = 0
 
     def replayed(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """What `run` returns, a scalar. inputs: on the CPU.
 
         run: the same one every time; whatever it writes besides stays in one place.
         """
+        self._make_room(len(inputs.ids))
         shape = inputs.shape
         if shape not in self._captured and not self._may_capture(shape):
             self._seen.add(shape)
@@ -71,11 +71,29 @@ class Graphs:
 
     def launched(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """The same, kernel by kernel."""
+        self._make_room(len(inputs.ids))
         if self._device.type != "cuda":
             return run(inputs.to(self._device))
         with self._own_memory():
             result = run(inputs.to(self._device))
         return result.clone()
+
+    def _make_room(self, tokens: int) -> None:
+        """Before the longest batch so far: none of the blocks of shorter ones is of use to it, so they are given back.
+
+        Within a pool torch looks for room nowhere else, so what is cached outside is given back too.
+        """
+        if tokens <= self._longest:
+            return
+        self._longest = tokens
+        if self._device.type != "cuda":
+            return
+        torch.cuda.synchronize(self._device)
+        self._captured.clear()
+        self._pool, self._anchor = _Pool(torch.cuda.graph_pool_handle()), torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        with torch.cuda.graph(self._anchor, pool=self._pool.id, stream=_stream(self._device)):
+            torch.zeros(1, device=self._device)  # while there is a graph of it, the pool keeps its memory
 
     def _may_capture(self, shape: tuple[int, ...]) -> bool:
         """The first batch of a shape is run as it is: it compiles kernels, and may be the only one."""
@@ -83,16 +101,17 @@ class Graphs:
 
     def _capture(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
         static, graph = inputs.to(self._device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool.id, stream=_stream(self._device)):
             result = run(static)
         return graph, static, result
 
     @contextlib.contextmanager
     def _own_memory(self) -> Iterator[None]:
         """Blocks of memory belong to the stream that asked for them, so the stream is the captures' too."""
-        torch.cuda.empty_cache()  # within a pool torch does not look for room elsewhere
-        outer = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):  # type: ignore[arg-type]
-            yield
-        outer.wait_stream(self._stream)
+        outer, own = torch.cuda.current_stream(self._device), _stream(self._device)
+        own.wait_stream(outer)
+        try:
+            with torch.cuda.stream(own), torch.cuda.use_mem_pool(self._pool, self._device):  # type: ignore[arg-type]
+                yield
+        finally:
+            outer.wait_stream(own)

@@ -149,23 +149,27 @@ class Layer:
         return z, Kept(x)
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
-        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it. Empties `kept`."""
+        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
         self._load()
-        attended = kept.attended
-        if attended is None:
-            attended, y = self._attend_again(kept, documents)
-        dy = self._out.room_for_gradient(len(dz))
-        for rows in self._parts(len(dz)):
-            expanded = self._expand_again(y[rows]) if kept.expanded is None else kept.expanded
-            self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
-            kept.expanded = None
-            del expanded  # before the next part's are made
+        if kept.attended is None or kept.expanded is None:
+            attended, dy = self._expand_backward_again(dz, kept, documents)
+        else:
+            attended, dy = kept.attended, self._out.room_for_gradient(len(dz))
+            self._expand_backward(dz, kept.expanded, dy[:, : self._out.outputs])
+            kept.expanded = None  # before the attention's gradients are made
         self._attend_backward(dy, attended, documents, dx)
 
-    def _attend_again(self, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
+    def _expand_backward_again(self, dz: Tensor, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
+        """From the layer's input; the MLP part by part."""
         if kept.x is None:
             raise RuntimeError("a layer's input was put away and not brought back")
-        return self._attend(kept.x, documents)
+        attended, y = self._attend(kept.x, documents)
+        dy = self._out.room_for_gradient(len(dz))
+        for rows in self._parts(len(dz)):
+            expanded = self._expand_again(y[rows])
+            self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
+            del expanded  # before the next part's are made
+        return attended, dy
 
     def _load(self) -> None:
         for projection in self.projections:
@@ -259,5 +263,4 @@ class Layer:
     # --- parts --------------------------------------------------------------------------------------
 
     def _parts(self, tokens: int) -> Iterator[slice]:
-        size = tokens if self._keep is Keep.ALL else self._chunk
-        return itertools.starmap(slice, ((at, min(tokens, at + size)) for at in range(0, tokens, size)))
+        return itertools.starmap(slice, ((at, min(tokens, at + self._chunk)) for at in range(0, tokens, self._chunk)))

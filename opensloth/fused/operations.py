@@ -168,7 +168,7 @@ def norm_rotate_backward(
     if trained:
         of_heads = (turned * x).sum(0)
         for weight, part in zip(weights, of_heads.split((heads.query, heads.key_value)), strict=True):
-            if weight.grad is not None:
+            if weight.requires_grad and weight.grad is not None:
                 weight.grad.add_(part.sum(0))
     weighted = turned * _by_head(weights, heads)
     grad[:, :width] = (rstd[..., None] * (weighted - x * (weighted * x).mean(-1, keepdim=True))).flatten(1)

@@ -6,7 +6,7 @@
 
 So an adapter costs thin products only, never another pass over a large output. W holds several layers' weights one
 above the other (q, k and v; gate and up). Frozen ones are taken over: the layers keep working on their part of W.
-Trained ones are copied into it after every step, and so are those of another type, which would be rounded. Those in 4
+Trained ones are copied into it after every step; frozen ones of another type, which would be rounded, once. Those in 4
 bits stay where they are: W is made anew of them for every use, in a buffer that projections of one shape share. B is
 block-diagonal.
 
@@ -65,7 +65,6 @@ class Projection:
         self._adapters: list[_Adapter] = []
         self._taken_over: list[Any] = []
         self._trained: list[tuple[nn.Parameter, slice]] = []
-        self._copied: list[tuple[nn.Parameter, slice]] = []
         self._trained_biases: list[tuple[nn.Parameter, slice]] = []
         self._packed: list[tuple[FourBit, Tensor]] = []
         row = at = 0
@@ -106,15 +105,13 @@ class Projection:
         place.copy_(base.weight.data)
         if base.weight.requires_grad:
             self._trained.append((base.weight, rows))
-        if base.weight.requires_grad or base.weight.dtype != place.dtype:
-            self._copied.append((base.weight, rows))
-        else:
+        elif base.weight.dtype == place.dtype:
             base.weight.data = place
             self._taken_over.append(base)
 
     def refresh(self) -> None:
-        """Take note of copied weights as they are now; for adapters that is `borders`."""
-        for weight, rows in self._copied:
+        """Take note of trained weights as they are now; for adapters that is `borders`."""
+        for weight, rows in self._trained:
             self._buffer[rows, : self.inputs].copy_(weight.data)
         for bias, rows in self._trained_biases:
             if self._bias is not None:

@@ -143,3 +143,21 @@ def test_batches_of_new_shapes_use_the_memory_of_the_graphs(tmp_path: Path) -> N
     assert torch.equal(launched, captured)
     assert len(training.fused._graphs._captured) == int(CUDA)
     at_most("memory that batches of new shapes take beside a captured one", torch.cuda.memory_reserved() / alone, 1.1)
+
+
+def test_a_longer_batch_takes_the_place_of_shorter_ones(tmp_path: Path) -> None:
+    """None of their blocks is of use to it: kept, they would be a second set beside its own, and a third."""
+    rows = [packing.packed(shapes.documents((ROW - 300 * i, 100))) for i in reversed(range(6))]
+    reserved = []
+    for name, batches in (("longest", rows[-1:]), ("all", rows)):
+        (tmp_path / name).mkdir()
+        training = Training("qwen2", shapes.ADAPTER, tmp_path / name)
+        for batch in batches:
+            training.step(batch)
+            training.step(batch)
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+        training.fused.release()
+        del training
+        torch.cuda.empty_cache()
+    at_most("memory of ever longer batches beside that of the longest alone", reserved[1] / reserved[0], 1.1)

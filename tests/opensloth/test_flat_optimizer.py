@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -16,7 +18,7 @@ from opensloth import flat
 from opensloth.errors import DataError
 from opensloth.model import attach_adapter, load_weights, save_model, trainable_parameters
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
-from opensloth.optimizer import make_optimizer, restore
+from opensloth.optimizer import kept, make_optimizer, restore
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 flat_optimizer = pytest.importorskip("opensloth.flat_optimizer")
@@ -97,16 +99,22 @@ def test_it_goes_on_from_its_state() -> None:
     assert same(resumed, whole)
 
 
-def test_moments_of_another_layout_are_refused() -> None:
-    """As when a run that trained by plain torch goes on by the fast path."""
+def test_moments_of_another_optimizer_are_refused() -> None:
+    """As when a run that trained by plain torch, or on a GPU, goes on otherwise."""
     model = Shapes()
-    arguments = TrainingArguments(output_dir="-", optim="adamw_8bit", use_cpu=True)
-    alone, together = (make_optimizer(list(model.parameters()), arguments, flat_gradients=way) for way in (False, True))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0) for optimizer in (alone, together)]
-    for one, other, schedule in ((alone, together, schedules[1]), (together, alone, schedules[0])):
-        with pytest.raises(DataError, match="not laid out as") as caught:
-            restore(other, schedule, {"optimizer": one.state_dict(), "scheduler": schedule.state_dict()})
+    optims = [("adamw_8bit", False), ("adamw_8bit", True), ("adamw_torch", False)]
+    made = []
+    for optim, way in optims:
+        arguments = TrainingArguments(output_dir="-", optim=optim, use_cpu=True)
+        optimizer = make_optimizer(list(model.parameters()), arguments, flat_gradients=way)
+        made.append((optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)))
+    for one, other in itertools.permutations(made, 2):
+        with pytest.raises(DataError, match="holds the moments of") as caught:
+            restore(*other, kept(*one))
         assert "opensloth.engine" in str(caught.value.hint)
+    older = {name: value for name, value in kept(*made[0]).items() if name != "kind"}
+    with pytest.raises(DataError, match="of other parameters"):
+        restore(*made[1], older)
 
 
 def test_gradients_and_parameters_that_lie_elsewhere_are_refused() -> None:
@@ -122,7 +130,10 @@ def test_gradients_and_parameters_that_lie_elsewhere_are_refused() -> None:
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_model_that_it_trains_is_saved_and_loaded_as_any_other(adapter: bool, tmp_path: Path) -> None:
+def test_a_model_that_it_trains_is_saved_and_loaded_as_any_other(
+    adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is copied where it was trained: transformers copies what lies in one piece with others."""
     model: Any = tiny.make_model("qwen2")
     if adapter:
         asked = FastModelArgs(model_name="-")
@@ -132,7 +143,16 @@ def test_a_model_that_it_trains_is_saved_and_loaded_as_any_other(adapter: bool, 
     before = copy.deepcopy(model)
     flat_optimizer.FlatAdamW(trainable_parameters(model), weight_decay=0.0, **OPTIONS)
     assert len({p.untyped_storage().data_ptr() for p in trainable_parameters(model)}) < 5
+    given: dict[str, Tensor] = {}
+    save = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "save_pretrained",
+        lambda model, folder, **said: given.update(said.get("state_dict", {})) or save(model, folder, **said),
+    )
     save_model(model, tmp_path / "saved")
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in given.values())
+    assert bool(given) != adapter
     save_model(before, tmp_path / "before")
     files = sorted(path.name for path in (tmp_path / "before").glob("*.safetensors"))
     for name in files:

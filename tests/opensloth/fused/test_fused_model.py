@@ -228,14 +228,12 @@ def test_a_frozen_weight_of_another_type_keeps_its_own() -> None:
     linear = torch.nn.Linear(32, 48, bias=False).requires_grad_(False)
     before, x = linear.weight.clone(), torch.randn(8, 32)
     projection = Projection([linear], torch.bfloat16, {})
-    linear.weight.data += 1
-    projection.refresh()
     room = projection.room_for_input(8)
     room.copy_(x)
-    assert projection.forward(room).float() == pytest.approx(x @ (before + 1).T, rel=0.1, abs=0.5)
+    assert projection.forward(room).float() == pytest.approx(x @ before.T, rel=0.05, abs=0.05)
     projection.release()
     assert linear.weight.dtype is torch.float32
-    assert torch.equal(linear.weight, before + 1)
+    assert torch.equal(linear.weight, before)
 
 
 def test_a_model_that_was_trained_can_be_merged_and_saved_and_trained_on(tmp_path: Path) -> None:
