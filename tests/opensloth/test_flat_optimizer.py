@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from cards import NEEDS_GPU
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -39,7 +40,10 @@ class Shapes(nn.Module):
 def gradients(model: nn.Module, step: int) -> list[Tensor]:
     """Of very unlike sizes from tensor to tensor."""
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(p.shape, generator=generator) * 10.0 ** (i % 5 - 2) for i, p in enumerate(model.parameters())]
+    return [
+        (torch.randn(p.shape, generator=generator) * 10.0 ** (i % 5 - 2)).to(p.device)
+        for i, p in enumerate(model.parameters())
+    ]
 
 
 def train_flat(model: nn.Module, *, most: int = flat.MOST, begin: int = 0, end: int = STEPS, state: Any = None) -> Any:
@@ -48,7 +52,7 @@ def train_flat(model: nn.Module, *, most: int = flat.MOST, begin: int = 0, end: 
     if state is not None:
         optimizer.load_state_dict(state)
     parts = flat.arrange(parameters, most)
-    whole = torch.zeros(flat.size_of(parts))
+    whole = torch.zeros(flat.size_of(parts), device=parameters[0].device)
     places = {
         p: v for part in parts for p, v in zip(part.parameters, flat.views(part, whole[part.begin :]), strict=True)
     }
@@ -78,9 +82,10 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("most", [flat.MOST, 6000])
-def test_it_has_the_bits_of_each_tensor_trained_alone(most: int) -> None:
-    plain, trained = Shapes(), Shapes()
+def test_it_has_the_bits_of_each_tensor_trained_alone(most: int, device: str) -> None:
+    plain, trained = Shapes().to(device), Shapes().to(device)
     before = copy.deepcopy(plain)
     train_plainly(plain)
     optimizer = train_flat(trained, most=most)
