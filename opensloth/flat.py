@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor, nn
 
 BLOCK = 256
@@ -76,17 +75,14 @@ def whole_gradient(part: Part) -> Tensor:
     Raises RuntimeError when they do not lie as `arrange` has it.
     """
     first = part.parameters[0].grad
-    if first is not None:
+    if first is not None and lie_from(part, [parameter.grad for parameter in part.parameters], first.data_ptr()):
         begin, storage = int(first.storage_offset()), first.untyped_storage()
-        fits = (begin + part.size) * first.element_size() <= storage.nbytes()
-        offsets = (begin + start for start in part.starts)
-        if fits and all(_lies(p, at, storage) for p, at in zip(part.parameters, offsets, strict=True)):
+        if (begin + part.size) * first.element_size() <= storage.nbytes():  # so all of them lie in it
             return first.new_empty(0).set_(storage, begin, (part.size,), (1,))
     raise RuntimeError("gradients do not lie end to end")
 
 
-def _lies(parameter: nn.Parameter, offset: int, storage: torch.UntypedStorage) -> bool:
-    found = parameter.grad
-    if found is None or found.storage_offset() != offset:
-        return False
-    return found.untyped_storage().data_ptr() == storage.data_ptr()
+def lie_from(part: Part, tensors: Sequence[Tensor | None], address: int) -> bool:
+    """Whether each of `tensors`, one of a parameter, has its place in a tensor that begins at `address`."""
+    places = zip(tensors, part.starts, strict=True)
+    return all(t is not None and t.data_ptr() == address + start * t.element_size() for t, start in places)

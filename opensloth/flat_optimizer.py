@@ -45,7 +45,8 @@ class FlatAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for part, whole in self._parts:
-            _require_in_place(part, whole)
+            if not flat.lie_from(part, part.parameters, whole.data_ptr()):
+                raise RuntimeError("a parameter was given other memory than the optimizer trains")
             whole.grad = flat.whole_gradient(part)
         return super().step(closure)
 
@@ -63,10 +64,3 @@ def _whole(part: flat.Part) -> nn.Parameter:
         place.copy_(parameter.data)
         parameter.data = place
     return whole
-
-
-def _require_in_place(part: flat.Part, whole: nn.Parameter) -> None:
-    begin, size = whole.data_ptr(), whole.element_size()
-    for parameter, start in zip(part.parameters, part.starts, strict=True):
-        if parameter.data_ptr() != begin + start * size:
-            raise RuntimeError("a parameter was given other memory than the optimizer trains")

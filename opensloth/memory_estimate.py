@@ -55,6 +55,10 @@ class Keeping:
     keep: Keep
     whole: int = 0
 
+    def whole_of(self, layers: int) -> int:
+        """How many of so many layers keep all."""
+        return layers if self.keep is Keep.ALL else self.whole
+
     def of_layer(self, layer: int, layers: int) -> Keep:
         return Keep.ALL if layer >= layers - self.whole else self.keep
 
@@ -209,7 +213,7 @@ def _ranks(method: Method) -> tuple[int, ...]:
 
 def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) -> tuple[float, float, float]:
     """kept, loss, layer of `opensloth.fused`."""
-    width, whole = shape.hidden, shape.layers if keeping.keep is Keep.ALL else keeping.whole
+    width, whole = shape.hidden, keeping.whole_of(shape.layers)
     of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
     on_its_way = 3 * _HALF * width * batch.tokens if keeping.keep is Keep.HOST else 0  # two to the host, one back

@@ -109,12 +109,10 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype | None = None)
     if base is not model:
         model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         return
-    state = _on_cpu(base, dtype)
+    # What is not rounded is to be loaded again: named as the parameters are, for `load_weights`.
+    base.save_pretrained(folder, state_dict=_on_cpu(base, dtype), save_original_format=dtype is not None)
     if dtype is None:
-        # Named as the parameters are, for `load_weights`.
-        base.save_pretrained(folder, state_dict=state, save_original_format=False)
         return
-    base.save_pretrained(folder, state_dict=state)
     config_file = folder / "config.json"  # transformers writes the dtype in which the weights were trained
     write_json(config_file, json.loads(config_file.read_text()) | {"dtype": str(dtype).removeprefix("torch.")})
 

@@ -22,16 +22,16 @@ def make_optimizer(
     arguments: transformers' TrainingArguments. flat_gradients: they will lie as `flat.arrange` has it.
     Raises ConfigError when the optimizer is unknown or its package is missing.
     """
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
     try:
         kind, options = choose_optimizer(arguments)
         if flat_gradients and arguments.optim in _FLAT and not arguments.optim_args:
             from opensloth.flat_optimizer import FlatAdamW
 
             return FlatAdamW(parameters, weight_decay=arguments.weight_decay, **options)
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
         optimizer: torch.optim.Optimizer = kind([group for group in groups if group["params"]], **options)
     except (ValueError, ImportError, TypeError) as error:
         raise ConfigError([Problem("training.optim", f"{arguments.optim} cannot be used: {error}")]) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensloth.memory_estimate import Batch, Keep, Keeping, Method, trained_parameters
+from opensloth.memory_estimate import Batch, Keeping, Method, trained_parameters
 from opensloth.model_shape import ModelShape
 
 _PRODUCTS, _ATTENTION = 0.64, 0.27
@@ -45,7 +45,7 @@ class Step:
 def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Keeping, card: Card) -> float:
     """Of one GPU in a run through the launcher. method: fused."""
     batch = step.batch
-    again = 0.0 if keeping.keep is Keep.ALL else 1 - keeping.whole / shape.layers
+    again = 1 - keeping.whole_of(shape.layers) / shape.layers
     seconds = (
         _products(shape, method, batch, again) / (_PRODUCTS * card.operations)
         + _attention(shape, step, again) / (_ATTENTION * card.operations)

@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from cards import NEEDS_GPU
+from eight_bit import DECAY, OPTIONS, tensor_by_tensor
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -21,10 +22,9 @@ from opensloth.model import attach_adapter, load_weights, save_model, trainable_
 from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.optimizer import kept, make_optimizer, restore
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 flat_optimizer = pytest.importorskip("opensloth.flat_optimizer")
 STEPS = 4
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
 
 
 class Shapes(nn.Module):
@@ -48,7 +48,7 @@ def gradients(model: nn.Module, step: int) -> list[Tensor]:
 
 def train_flat(model: nn.Module, *, most: int = flat.MOST, begin: int = 0, end: int = STEPS, state: Any = None) -> Any:
     parameters = list(model.parameters())
-    optimizer = flat_optimizer.FlatAdamW(parameters, weight_decay=0.1, most=most, **OPTIONS)
+    optimizer = flat_optimizer.FlatAdamW(parameters, weight_decay=DECAY, most=most, **OPTIONS)
     if state is not None:
         optimizer.load_state_dict(state)
     parts = flat.arrange(parameters, most)
@@ -67,11 +67,7 @@ def train_flat(model: nn.Module, *, most: int = flat.MOST, begin: int = 0, end: 
 
 def train_plainly(model: nn.Module) -> None:
     parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = bitsandbytes.optim.AdamW(groups, optim_bits=8, **OPTIONS)
+    optimizer = tensor_by_tensor(parameters)
     for step in range(STEPS):
         for parameter, gradient in zip(parameters, gradients(model, step), strict=True):
             parameter.grad = gradient

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import eight_bit
 import numpy as np
 import pytest
 import tiny
@@ -286,16 +287,11 @@ def test_steps_of_several_batches_train_as_the_plain_engine_does(keeping: Keepin
 @pytest.mark.parametrize("full", [False, True])
 def test_its_gradients_lie_as_the_flat_optimizer_needs_them(full: bool) -> None:
     """And train to the bits of bitsandbytes' own optimizer, given the same gradients."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     flat_optimizer = pytest.importorskip("opensloth.flat_optimizer")
     model = whole_model("qwen2") if full else model_of("qwen2")
     parameters, beside = trainable_parameters(model), trainable_parameters(copy.deepcopy(model))
-    optimizer = flat_optimizer.FlatAdamW(parameters, weight_decay=0.1, lr=1e-2)
-    groups = [
-        {"params": [p for p in beside if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in beside if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    alone = bitsandbytes.optim.AdamW(groups, lr=1e-2, optim_bits=8)
+    optimizer = flat_optimizer.FlatAdamW(parameters, weight_decay=eight_bit.DECAY, **eight_bit.OPTIONS)
+    alone = eight_bit.tensor_by_tensor(beside)
     fused, losses = FusedModel(base_of(model), keeping=ALL_KEPT), []
     for _ in range(3):
         fused.begin_step()
