@@ -62,10 +62,15 @@ class FusedModel:
         self._graphs = Graphs(self._device)
 
     def release(self) -> None:
-        """Leave the transformers model as it was found, trained; this object must not be used any more."""
-        for projection in self._projections:
-            projection.release()
-        for parameter in self._parameters:
+        """Leave the transformers model as it was found, trained; this object must not be used any more.
+
+        Weights are given back buffer by buffer: the model must not be there twice, and nothing else stays beside it.
+        """
+        projections, parameters = self._projections, self._parameters
+        vars(self).clear()
+        while projections:
+            projections.pop().release()
+        for parameter in parameters:
             parameter.grad = None
 
     def begin_step(self) -> None:

@@ -161,3 +161,16 @@ def test_a_longer_batch_takes_the_place_of_shorter_ones(tmp_path: Path) -> None:
         del training
         torch.cuda.empty_cache()
     at_most("memory of ever longer batches beside that of the longest alone", reserved[1] / reserved[0], 1.1)
+
+
+def test_the_weights_are_given_back_without_a_second_model(tmp_path: Path) -> None:
+    """It would not fit on a GPU that has just room for the training."""
+    training = Training("qwen2", shapes.ADAPTER, tmp_path)
+    training.step(packing.packed(shapes.documents((100, 50))))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    training.fused.release()
+    more = torch.cuda.max_memory_allocated() - before
+    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    at_most("memory that giving the weights back takes, beside that of the model", more / weights, 0.1)

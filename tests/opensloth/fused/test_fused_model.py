@@ -208,17 +208,25 @@ def test_the_model_goes_on_working_on_the_same_weights() -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_what_is_released_is_freed_at_once() -> None:
-    """A second set of buffers would otherwise stand beside the first until garbage is collected."""
+def test_what_is_released_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second set of buffers would otherwise stand beside the first, or a second model beside the buffers."""
     model = model_of("qwen2")
     fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     fused.begin_step()
     fused.accumulate(packed(documents()), 1.0)
     buffers = [weakref.ref(projection._buffer) for projection in fused._projections]
+    left: list[int] = []
+    release = Projection.release
+
+    def counted(projection: Projection) -> None:
+        left.append(sum(buffer() is not None for buffer in buffers))
+        release(projection)
+
+    monkeypatch.setattr(Projection, "release", counted)
     gc.disable()
     try:
         fused.release()
-        del fused
+        assert left == list(range(len(buffers), 0, -1))
         assert not [buffer for buffer in buffers if buffer() is not None]
     finally:
         gc.enable()
