@@ -76,9 +76,9 @@ def forget_kernels() -> None:
     """This process has none of them any more, as if no test had been before."""
     from triton.runtime import JITFunction
 
-    from opensloth.fused.kernels import attention, copy_table, cross_entropy, dequantise, elementwise
+    from opensloth.fused.kernels import attention, copy_table, cross_entropy, dequantise, eight_bit_adamw, elementwise
 
-    for module in (attention, copy_table, cross_entropy, dequantise, elementwise):
+    for module in (attention, copy_table, cross_entropy, dequantise, eight_bit_adamw, elementwise):
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()

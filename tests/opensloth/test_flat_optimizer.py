@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits over flat gradients: the bits of bitsandbytes' own, tensor by tensor."""
+"""AdamW with moments in 8 bits over flat gradients: on the CPU with the bits of bitsandbytes' own, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 from cards import NEEDS_GPU
 from eight_bit import DECAY, OPTIONS, tensor_by_tensor
+from measured import at_most
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -65,9 +66,9 @@ def train_flat(model: nn.Module, *, most: int = flat.MOST, begin: int = 0, end: 
     return optimizer
 
 
-def train_plainly(model: nn.Module) -> None:
+def train_plainly(model: nn.Module, optimizer: Any = None) -> None:
     parameters = list(model.parameters())
-    optimizer = tensor_by_tensor(parameters)
+    optimizer = optimizer or tensor_by_tensor(parameters)
     for step in range(STEPS):
         for parameter, gradient in zip(parameters, gradients(model, step), strict=True):
             parameter.grad = gradient
@@ -78,10 +79,9 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("most", [flat.MOST, 6000])
-def test_it_has_the_bits_of_each_tensor_trained_alone(most: int, device: str) -> None:
-    plain, trained = Shapes().to(device), Shapes().to(device)
+def test_it_has_the_bits_of_each_tensor_trained_alone(most: int) -> None:
+    plain, trained = Shapes(), Shapes()
     before = copy.deepcopy(plain)
     train_plainly(plain)
     optimizer = train_flat(trained, most=most)
@@ -91,8 +91,28 @@ def test_it_has_the_bits_of_each_tensor_trained_alone(most: int, device: str) ->
     assert launches == (4 if most == flat.MOST else 8)
 
 
-def test_it_goes_on_from_its_state() -> None:
-    whole, resumed = Shapes(), Shapes()
+@pytest.mark.parametrize("most", [pytest.param(most, marks=NEEDS_GPU) for most in (flat.MOST, 6000)])
+def test_the_kernel_trains_as_the_package_does(most: int) -> None:
+    """Both round moments to 8 bits; the exact changes are those of torch's own AdamW."""
+    exact, plain, trained = (Shapes().to("cuda") for _ in range(3))
+    before = [parameter.detach().clone() for parameter in exact.parameters()]
+    decays = [{"params": [p], "weight_decay": DECAY * (p.ndim > 1)} for p in exact.parameters()]
+    train_plainly(exact, torch.optim.AdamW(decays, **OPTIONS))
+    train_plainly(plain)
+    train_flat(trained, most=most)
+    apart = [
+        sum(
+            float((a - b).norm() / (b - c).norm())
+            for a, b, c in zip(m.parameters(), exact.parameters(), before, strict=True)
+        )
+        for m in (trained, plain)
+    ]
+    at_most("changes by AdamW in 8 bits away from the exact ones, beside the package's", apart[0] / apart[1], 1.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_it_goes_on_from_its_state(device: str) -> None:
+    whole, resumed = Shapes().to(device), Shapes().to(device)
     optimizer = train_flat(whole)
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8, torch.float32}
     state = copy.deepcopy(train_flat(resumed, end=2).state_dict())

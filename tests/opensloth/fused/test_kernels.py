@@ -70,7 +70,7 @@ def test_all_kernels_compute_what_plain_torch_does() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "11 passed" in run.stdout
+    assert "13 passed" in run.stdout
 
 
 def where(lengths: list[int]) -> Documents:
@@ -235,3 +235,66 @@ def test_weights_in_four_bits(nested: bool) -> None:
     close(found[:, :columns], expected)
     assert bool((found[:, columns:] == 7).all()), "wrote beside its place"
     assert 0 < (expected - weight).norm() / weight.norm() < 0.12
+
+
+@kernel
+def test_adamw_in_eight_bits() -> None:
+    """Gradients of all sizes within a block; one block has none at first, one tensor's end has none ever."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from opensloth.fused.kernels import eight_bit_adamw
+
+    torch.manual_seed(0)
+    blocks, config = sizes(21, 4001), {"betas": (0.9, 0.99), "lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    maps = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
+    p = torch.randn(blocks * 256)
+    codes, largest = [torch.zeros(p.shape, dtype=torch.uint8)] * 2, [torch.zeros(blocks)] * 2
+    for count in range(1, 6):
+        grad = torch.randn(p.shape) * 10 ** (torch.rand(p.shape) * 3 - 3)
+        grad[-100:] = 0
+        if count < 3:
+            grad[:256] = 0
+        state = {f"state{i}": tensor.to(DEVICE, copy=True) for i, tensor in enumerate(codes, 1)}
+        state |= {f"absmax{i}": tensor.to(DEVICE, copy=True) for i, tensor in enumerate(largest, 1)}
+        state |= {f"qmap{i}": tensor.to(DEVICE) for i, tensor in enumerate(maps, 1)} | {"step": count}
+        found = p.to(DEVICE, copy=True)
+        eight_bit_adamw.step(found, grad.to(DEVICE), state, config)
+        p, codes, largest = plain_adamw(p, grad, codes, largest, maps, config, count)
+        close(found, p, 1e-6)
+        for i, (of_block, of_value) in enumerate(zip(largest, codes, strict=True), 1):
+            close(state[f"absmax{i}"], of_block, 1e-6)
+            off = state[f"state{i}"].cpu().int() - of_value.int()
+            assert int(off.abs().max()) <= 1
+            at_most("moments in 8 bits rounded otherwise, between two codes", float((off != 0).float().mean()), 1e-3)
+
+
+def plain_adamw(
+    p: Tensor, grad: Tensor, codes: list[Tensor], largest: list[Tensor], maps: list[Tensor], config: Any, count: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One step by its definition; each moment rounded to the nearest value of its map, but the second not to zero."""
+    (beta1, beta2), rate = config["betas"], config["lr"]
+    blocks = [of_map[of_value.int()].view(-1, 256) for of_map, of_value in zip(maps, codes, strict=True)]
+    first, second = ((b * of_block[:, None]).flatten() for b, of_block in zip(blocks, largest, strict=True))
+    first, second = first * beta1 + grad * (1 - beta1), second * beta2 + grad * grad * (1 - beta2)
+    step = first / (1 - beta1**count) / ((second / (1 - beta2**count)).sqrt() + config["eps"])
+    p = p * (1 - rate * config["weight_decay"]) - rate * step
+    codes, largest = [], []
+    for moment, of_map in zip((first, second), maps, strict=True):
+        of_block = moment.view(-1, 256).abs().amax(1)
+        scaled = (moment.view(-1, 256) / of_block[:, None]).nan_to_num().flatten()
+        nearest = torch.cat([(part[:, None] - of_map).abs().argmin(1) for part in scaled.split(1 << 16)])
+        if of_map[0] == 0:
+            nearest[moment > 0] = nearest[moment > 0].clamp(min=1)
+        codes.append(nearest.to(torch.uint8))
+        largest.append(of_block)
+    return p, codes, largest
+
+
+@kernel
+def test_the_maps_of_moments_are_those_of_the_package() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from opensloth.fused.kernels import eight_bit_adamw
+
+    signed, unsigned = (functional.create_dynamic_map(signed=signed) for signed in (True, False))
+    assert eight_bit_adamw.knows(signed, unsigned)
+    assert not eight_bit_adamw.knows(unsigned, signed)
+    assert not eight_bit_adamw.knows(signed, unsigned * 1.001)

@@ -107,7 +107,7 @@ def _launch_rest() -> None:
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    from opensloth.fused.kernels import copy_table, cross_entropy, dequantise
+    from opensloth.fused.kernels import copy_table, cross_entropy, dequantise, eight_bit_adamw
     from opensloth.fused.operations import FourBit
     from opensloth.memory_estimate import BORDER
 
@@ -121,6 +121,10 @@ def _launch_rest() -> None:
     table, scales = torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1)
     for add in (False, True):
         copy_table.copy(table, scales, torch.empty(8, 896), weight, 8 * 896, add=add)
+    p, codes, of_blocks = torch.empty(4096), torch.empty(4096, dtype=torch.uint8), torch.empty(16)
+    state = {name: tensor for i in "12" for name, tensor in (("state" + i, codes), ("absmax" + i, of_blocks))}
+    state |= {"qmap1": torch.empty(256), "qmap2": torch.empty(256), "step": 3}
+    eight_bit_adamw.step(p, p, state, {"betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1})
 
 
 if __name__ == "__main__":
