@@ -74,9 +74,14 @@ class Expanded:
 
 @dataclass
 class Kept:
-    """What a layer keeps: its input alone when the rest is computed again; that may be put elsewhere meanwhile."""
+    """What a layer keeps: `attended` and `expanded`; or its input alone; or, of which `large` may be put elsewhere
+    meanwhile, its input with what attention made of it.
 
-    x: Tensor | None
+    large: x, [T, D]; then attention's output in its wider buffer, and y, [T, D]. lse: attention's, float32.
+    """
+
+    large: tuple[Tensor, ...] = ()
+    lse: Tensor | None = None
     attended: Attended | None = None
     expanded: Expanded | None = None
 
@@ -142,11 +147,13 @@ class Layer:
         attended, y = self._attend(x, documents)
         if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
-            return z, Kept(x, attended, expanded)
+            return z, Kept(attended=attended, expanded=expanded)
         z = torch.empty_like(y)
         for rows in self._parts(len(y)):
             z[rows] = self._expand(y[rows])[0]
-        return z, Kept(x)
+        if self._keep is Keep.HOST:
+            return z, Kept((x, attended.attended, y), attended.lse)
+        return z, Kept((x,))
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
@@ -160,10 +167,8 @@ class Layer:
         self._attend_backward(dy, attended, documents, dx)
 
     def _expand_backward_again(self, dz: Tensor, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
-        """From the layer's input; the MLP part by part."""
-        if kept.x is None:
-            raise RuntimeError("a layer's input was put away and not brought back")
-        attended, y = self._attend(kept.x, documents)
+        """From what is kept; the MLP part by part."""
+        attended, y = self._attend_again(kept, documents)
         dy = self._out.room_for_gradient(len(dz))
         for rows in self._parts(len(dz)):
             expanded = self._expand_again(y[rows])
@@ -178,15 +183,28 @@ class Layer:
     # --- attention ----------------------------------------------------------------------------------
 
     def _attend(self, x: Tensor, documents: Documents) -> tuple[Attended, Tensor]:
-        tokens = len(x)
-        normed = self._qkv.room_for_input(tokens)
+        of_qkv = self._queries_keys_values(x, documents)
+        attended = self._out.room_for_input(len(x))
+        lse = operations.attention(of_qkv[-1], documents, self._heads, attended[:, : self._out.inputs])
+        y = self._out.forward(attended, residual=x)
+        return Attended(x, *of_qkv, attended, lse), y
+
+    def _attend_again(self, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
+        if kept.lse is None:
+            (x,) = kept.large
+            return self._attend(x, documents)
+        x, attended, y = kept.large
+        return Attended(x, *self._queries_keys_values(x, documents), attended, kept.lse), y
+
+    def _queries_keys_values(
+        self, x: Tensor, documents: Documents
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """What `Attended` has between x and attention's output."""
+        normed = self._qkv.room_for_input(len(x))
         scale = self._norms[0].forward(x, normed[:, : self._qkv.inputs])
         raw = self._qkv.forward(normed)
         qkv, head_scale = self._turn(raw, documents)
-        attended = self._out.room_for_input(tokens)
-        lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
-        y = self._out.forward(attended, residual=x)
-        return Attended(x, scale, normed, raw, head_scale, qkv, attended, lse), y
+        return scale, normed, raw, head_scale, qkv
 
     def _turn(self, raw: Tensor, documents: Documents) -> tuple[Tensor, Tensor | None]:
         """Queries and keys turned by their positions, normed by heads before where the model does that."""

@@ -49,6 +49,9 @@ class FusedModel:
         self._parked = [keep is Keep.HOST for keep in keeps]
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
+        self._copies = [copy for projection in self._projections for copy in projection.copies()]
+        if self._head.dtype != self._head_weight.dtype:
+            self._copies.append((self._head_weight, self._head))
         parts = flat.arrange([p for p in base.parameters() if p.requires_grad])
         self.gradient = torch.zeros(flat.size_of(parts), dtype=torch.float32, device=self._device)
         """All gradients end to end."""
@@ -82,10 +85,8 @@ class FusedModel:
 
     def _refresh(self) -> None:
         self._borders.run(add=False)
-        for projection in self._projections:
-            projection.refresh()
-        if self._head.dtype != self._head_weight.dtype:
-            self._head.copy_(self._head_weight.data)
+        if self._copies:  # of hundreds, one by one, a step would wait for their launches
+            torch._foreach_copy_([place for _, place in self._copies], [weight.data for weight, _ in self._copies])
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` (0: leave it); returns its L2 norm before that, float32."""
@@ -133,7 +134,7 @@ class FusedModel:
         self._fetch(len(kept) - 1)
         for i in reversed(range(len(self._layers))):
             if self._parked[i]:
-                kept[-1].x = self._parking.take(i)
+                kept[-1].large = self._parking.take(i)
             self._fetch(i - 1)
             before = self._room_before(i, tokens)
             self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
@@ -154,9 +155,9 @@ class FusedModel:
         return self._head.new_empty(tokens, self._head.shape[1]) if needed else None
 
     def _park(self, layer: int, kept: Kept) -> None:
-        if self._parked[layer] and kept.x is not None:
-            self._parking.put(layer, kept.x)
-            kept.x = None
+        if self._parked[layer]:
+            self._parking.put(layer, kept.large)
+            kept.large = ()
 
     def _fetch(self, layer: int) -> None:
         if layer >= 0 and self._parked[layer]:

@@ -109,13 +109,12 @@ class Projection:
             base.weight.data = place
             self._taken_over.append(base)
 
-    def refresh(self) -> None:
-        """Take note of trained weights as they are now; for adapters that is `borders`."""
-        for weight, rows in self._trained:
-            self._buffer[rows, : self.inputs].copy_(weight.data)
-        for bias, rows in self._trained_biases:
-            if self._bias is not None:
-                self._bias[rows].copy_(bias.data)
+    def copies(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Trained weights, and where they are copied to once they have changed; for adapters that is `borders`."""
+        weights = [(weight, self._buffer[rows, : self.inputs]) for weight, rows in self._trained]
+        if self._bias is None:
+            return weights
+        return weights + [(bias, self._bias[rows]) for bias, rows in self._trained_biases]
 
     def load(self) -> None:
         """Make the buffer hold this projection: to be called before it is used after another of its shape."""

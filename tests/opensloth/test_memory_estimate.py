@@ -258,3 +258,6 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from tensors_in(one)

@@ -18,6 +18,8 @@ from opensloth.fused.operations import TILE as BLOCK
 from opensloth.fused.operations import Heads
 
 _LOG2_E = 1.4426950408889634
+_ROWS = 32
+"""Tokens whose groups one program sums."""
 
 
 @triton.jit
@@ -67,28 +69,12 @@ def _forward(
 
 
 @triton.jit
-def _weights_dot(
-    out_ptr, grad_ptr, delta_ptr, stride_out, stride_grad, tokens,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """delta[head, token]: sum over the head of output times its gradient."""
-    head = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = rows < tokens
-    dim = tl.arange(0, DIM)
-    at = rows[:, None].to(tl.int64)
-    out = tl.load(out_ptr + at * stride_out + head * DIM + dim[None, :], mask=ok[:, None], other=0.0)
-    grad = tl.load(grad_ptr + at * stride_grad + head * DIM + dim[None, :], mask=ok[:, None], other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=ok)
-
-
-@triton.jit
 def _backward_query(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    stride_qkv, stride_grad, stride_dqkv, tokens, scale, plain_scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
+    stride_qkv, stride_out, stride_grad, stride_dqkv, tokens, scale, plain_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """delta[head, token], for keys and values: sum over the head of output times its gradient."""
     tile, head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(tiles_ptr + tile * 3)
     document = tl.load(tiles_ptr + tile * 3 + 1)
@@ -101,7 +87,9 @@ def _backward_query(
     q = tl.load(q_ptr + at_row * stride_qkv + head * DIM + dim[None, :], mask=row_ok[:, None], other=0.0)
     grad = tl.load(grad_ptr + at_row * stride_grad + head * DIM + dim[None, :], mask=row_ok[:, None], other=0.0)
     lse = tl.load(lse_ptr + head.to(tl.int64) * tokens + rows, mask=row_ok, other=float("inf"))
-    delta = tl.load(delta_ptr + head.to(tl.int64) * tokens + rows, mask=row_ok, other=0.0)
+    out = tl.load(out_ptr + at_row * stride_out + head * DIM + dim[None, :], mask=row_ok[:, None], other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(delta_ptr + head.to(tl.int64) * tokens + rows, delta, mask=row_ok)
     dq = tl.zeros([BLOCK, DIM], dtype=tl.float32)
     for at in range(document, begin, BLOCK):
         columns = at + tl.arange(0, BLOCK)
@@ -163,17 +151,20 @@ def _backward_key_value(
 
 @triton.jit
 def _sum_groups(
-    part_ptr, out_ptr, stride_part, stride_out, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum over the query heads of each group, in their order."""
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    kv_head, column = at // DIM, at % DIM
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    part_ptr, dk_ptr, dv_ptr, stride_part, stride_out, tokens,
+    GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sum over the query heads of each group, in their order: of keys, then of values, which lie `tokens` rows on."""
+    rows, kv_head, which = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.program_id(2)
+    ok = (rows < tokens)[:, None]
+    dim = tl.arange(0, DIM)[None, :]
+    at_row = rows[:, None].to(tl.int64)
+    part_at = part_ptr + (at_row + which * tokens) * stride_part + kv_head * GROUP * DIM + dim
+    total = tl.zeros([ROWS, DIM], dtype=tl.float32)
     for member in tl.static_range(GROUP):
-        part = part_ptr + token * stride_part + (kv_head * GROUP + member) * DIM + column
-        total += tl.load(part).to(tl.float32)
-    tl.store(out_ptr + token * stride_out + at, total.to(out_ptr.dtype.element_ty))
+        total += tl.load(part_at + member * DIM, mask=ok, other=0.0).to(tl.float32)
+    out_ptr = dk_ptr if which == 0 else dv_ptr
+    tl.store(out_ptr + at_row * stride_out + kv_head * DIM + dim, total.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def forward(qkv: Tensor, tiles: Tensor, heads: Heads, out: Tensor, lse: Tensor) -> None:
@@ -191,29 +182,22 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     tokens, dim, group = qkv.shape[0], _dim(qkv, heads), heads.group
     q, k, v = _parts(qkv, heads)
     dq, dk, dv = _parts(dqkv, heads)
-    delta = torch.empty_like(lse)
-    _weights_dot[(triton.cdiv(tokens, BLOCK), heads.query)](
-        out, grad, delta, out.stride(0), grad.stride(0), tokens, DIM=dim, BLOCK=BLOCK, num_warps=4
-    )
     scales = (tokens, heads.scale * _LOG2_E, heads.scale)
-    shape = {"GROUP": group, "DIM": dim, "BLOCK": BLOCK, "PRECISION": _precision(qkv), "num_warps": 4, "num_stages": 1}
-    grid = (tiles.shape[0], heads.query)
-    given = (q, k, v, grad, lse, delta)
-    _backward_query[grid](*given, dq, tiles, qkv.stride(0), grad.stride(0), dqkv.stride(0), *scales, **shape)
+    shape = {"GROUP": group, "DIM": dim, "BLOCK": BLOCK, "PRECISION": _precision(qkv), "num_warps": 4}
+    grid, delta, ahead = (tiles.shape[0], heads.query), torch.empty_like(lse), 3 if dim <= 64 else 1
+    _backward_query[grid](
+        q, k, v, out, grad, lse, delta, dq, tiles,
+        qkv.stride(0), out.stride(0), grad.stride(0), dqkv.stride(0), *scales, **shape, num_stages=ahead,
+    )  # fmt: skip
+    given, strides = (q, k, v, grad, lse, delta), (qkv.stride(0), grad.stride(0))
     if group == 1:
-        _backward_key_value[grid](
-            *given, dk, dv, tiles, qkv.stride(0), grad.stride(0), dqkv.stride(0), *scales, **shape
-        )
+        _backward_key_value[grid](*given, dk, dv, tiles, *strides, dqkv.stride(0), *scales, **shape, num_stages=1)
         return
     parts = torch.empty(2, tokens, heads.query * dim, dtype=qkv.dtype, device=qkv.device)
-    stride = parts.stride(1)
-    _backward_key_value[grid](
-        *given, parts[0], parts[1], tiles, qkv.stride(0), grad.stride(0), stride, *scales, **shape
+    _backward_key_value[grid](*given, *parts, tiles, *strides, parts.stride(1), *scales, **shape, num_stages=1)
+    _sum_groups[(triton.cdiv(tokens, _ROWS), heads.key_value, 2)](
+        parts, dk, dv, parts.stride(1), dqkv.stride(0), tokens, GROUP=group, DIM=dim, ROWS=_ROWS, num_warps=4
     )
-    for part, summed in ((parts[0], dk), (parts[1], dv)):
-        _sum_groups[(tokens, heads.key_value)](
-            part, summed, stride, dqkv.stride(0), GROUP=group, DIM=dim, BLOCK=dim, num_warps=1
-        )
 
 
 def _dim(qkv: Tensor, heads: Heads) -> int:
