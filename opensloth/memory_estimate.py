@@ -36,8 +36,8 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 
 class Keep(Enum):
-    """ALL: all that the backward pass reads. INPUTS: the layers' inputs; the rest is computed again. HOST: in host
-    memory the inputs and what attention made of them; the rest is computed again.
+    """ALL: all that the backward pass reads. INPUTS: the layers' inputs; the rest is computed again. HOST: the inputs
+    and what attention made of them, in host memory; norms and MLPs are computed again.
     """
 
     ALL = "all"
@@ -216,7 +216,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
     width, whole = shape.hidden, keeping.whole_of(shape.layers)
     of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
-    on_its_way = _HALF * (3 * width + shape.attended + _ranks(method)[1])  # the next layer's, and an input
+    on_its_way = _HALF * (3 * width + shape.qkv + shape.attended + _ranks(method)[1])  # the next layer's, and an input
     kept = whole * of_whole + (shape.layers - whole) * of_other
     if keeping.keep is Keep.HOST:
         kept += on_its_way * batch.tokens

@@ -48,7 +48,7 @@ class Norm:
 class Attended:
     """What the first half of a layer keeps for its way back. T rows each; norms' scales are float32.
 
-    raw: qkv before its heads are normed; the same tensor as qkv, with head_scale None, where they are not.
+    raw: qkv before its heads are normed; the same tensor as qkv, turned, with head_scale None, where they are not.
     """
 
     x: Tensor
@@ -74,10 +74,10 @@ class Expanded:
 
 @dataclass
 class Kept:
-    """What a layer keeps: `attended` and `expanded`; or its input alone; or, of which `large` may be put elsewhere
-    meanwhile, its input with what attention made of it.
+    """What a layer keeps: `attended` and `expanded`; or, in `large`, its input x alone; or there, to be put elsewhere
+    meanwhile, what takes long to compute again up to the MLP.
 
-    large: x, [T, D]; then attention's output in its wider buffer, and y, [T, D]. lse: attention's, float32.
+    large: x, [T, D]; then `Attended.raw`, `Attended.attended`, and y, [T, D]. lse: attention's, float32.
     """
 
     large: tuple[Tensor, ...] = ()
@@ -152,7 +152,7 @@ class Layer:
         for rows in self._parts(len(y)):
             z[rows] = self._expand(y[rows])[0]
         if self._keep is Keep.HOST:
-            return z, Kept((x, attended.attended, y), attended.lse)
+            return z, Kept((x, attended.raw, attended.attended, y), attended.lse)
         return z, Kept((x,))
 
     def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
@@ -183,33 +183,33 @@ class Layer:
     # --- attention ----------------------------------------------------------------------------------
 
     def _attend(self, x: Tensor, documents: Documents) -> tuple[Attended, Tensor]:
-        of_qkv = self._queries_keys_values(x, documents)
+        normed, scale = self._normed(x)
+        raw = self._qkv.forward(normed)
+        if self._head_norms is None:
+            operations.rotate(raw, documents.cos, documents.sin, self._turned)
+        qkv, head_scale = self._norm_heads(raw, documents)
         attended = self._out.room_for_input(len(x))
-        lse = operations.attention(of_qkv[-1], documents, self._heads, attended[:, : self._out.inputs])
+        lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
         y = self._out.forward(attended, residual=x)
-        return Attended(x, *of_qkv, attended, lse), y
+        return Attended(x, scale, normed, raw, head_scale, qkv, attended, lse), y
 
     def _attend_again(self, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
         if kept.lse is None:
             (x,) = kept.large
             return self._attend(x, documents)
-        x, attended, y = kept.large
-        return Attended(x, *self._queries_keys_values(x, documents), attended, kept.lse), y
+        x, raw, attended, y = kept.large
+        normed, scale = self._normed(x)
+        self._qkv.fill_border(normed)
+        qkv, head_scale = self._norm_heads(raw, documents)
+        return Attended(x, scale, normed, raw, head_scale, qkv, attended, kept.lse), y
 
-    def _queries_keys_values(
-        self, x: Tensor, documents: Documents
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """What `Attended` has between x and attention's output."""
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self._qkv.room_for_input(len(x))
-        scale = self._norms[0].forward(x, normed[:, : self._qkv.inputs])
-        raw = self._qkv.forward(normed)
-        qkv, head_scale = self._turn(raw, documents)
-        return scale, normed, raw, head_scale, qkv
+        return normed, self._norms[0].forward(x, normed[:, : self._qkv.inputs])
 
-    def _turn(self, raw: Tensor, documents: Documents) -> tuple[Tensor, Tensor | None]:
-        """Queries and keys turned by their positions, normed by heads before where the model does that."""
+    def _norm_heads(self, raw: Tensor, documents: Documents) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys normed by heads, then turned; `raw`, turned already, where a model has no such norms."""
         if self._head_norms is None:
-            operations.rotate(raw, documents.cos, documents.sin, self._turned)
             return raw, None
         qkv = torch.empty_like(raw)
         return qkv, operations.norm_rotate(raw, self._head_norms, self._head_eps, documents, self._heads, qkv)
