@@ -137,6 +137,11 @@ class Layer:
     def projections(self) -> tuple[Projection, ...]:
         return self._qkv, self._out, self._gate_up, self._down
 
+    @property
+    def parked_width(self) -> int:
+        """Of a token, what it keeps in host memory: the elements of `Kept.large`."""
+        return self._qkv.inputs + self._qkv.outputs + self._out.inputs + self._out.rank + self._out.outputs
+
     def room_for_gradient(self, tokens: int) -> Tensor:
         """Where the gradient of this layer's output is to be written, up to D."""
         return self._down.room_for_gradient(tokens)

@@ -14,7 +14,7 @@ from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
-from opensloth.fused.parking import Parking
+from opensloth.fused.parking import Parking, has_room
 from opensloth.fused.projection import Shared, gradient_of
 from opensloth.memory_estimate import LOGITS_BYTES, Keep, Keeping, mlp_part
 
@@ -47,6 +47,8 @@ class FusedModel:
         ]
         self._parking = Parking(self._device)
         self._parked = [keep is Keep.HOST for keep in keeps]
+        of_token = sum(layer.parked_width for layer, parked in zip(self._layers, self._parked, strict=True) if parked)
+        self._parks_inputs_alone = not has_room(of_token * full_batch * dtype.itemsize)
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._copies = [copy for projection in self._projections for copy in projection.copies()]
@@ -156,6 +158,8 @@ class FusedModel:
 
     def _park(self, layer: int, kept: Kept) -> None:
         if self._parked[layer]:
+            if self._parks_inputs_alone:
+                kept.large, kept.lse = kept.large[:1], None
             self._parking.put(layer, kept.large)
             kept.large = ()
 

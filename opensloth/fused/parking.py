@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 import torch
 from torch import Tensor
 
+from opensloth.launch import machine
+
 _LEAVING = 2
 """Layers whose copies may be under way; then the oldest is waited for, so that its memory can be used again."""
+
+_SHARE = 4
+"""All of a node's processes together take one part in so many of its memory."""
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes of host memory are this process's to take, as far as that is known."""
+    usable = machine.usable_memory()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return usable is None or size * processes * _SHARE <= usable
 
 
 class Parking:
@@ -16,7 +29,7 @@ class Parking:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[tuple[int, int, torch.Size], Tensor] = {}
+        self._host: dict[tuple[int, int], Tensor] = {}
         self._leaving: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._coming: dict[int, tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
         self._kept: dict[int, tuple[Tensor, ...]] = {}
@@ -58,11 +71,12 @@ class Parking:
         return tensors
 
     def _host_for(self, layer: int, index: int, tensor: Tensor) -> Tensor:
-        """Allocated once: a captured graph goes on using it."""
-        key = (layer, index, tensor.shape)
-        if key not in self._host:
-            self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return self._host[key]
+        """Allocated once, and anew for the longest batch so far only: a captured graph goes on using it."""
+        room = self._host.get((layer, index))
+        if room is None or room.numel() < tensor.numel():
+            pinned = self._stream is not None
+            room = self._host[layer, index] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=pinned)
+        return room[: tensor.numel()].view(tensor.shape)
 
     def _wait_for_oldest(self) -> None:
         copied, _ = self._leaving.popleft()

@@ -40,9 +40,20 @@ def oom_kills(cgroup: Path = CGROUP) -> int:
 
 def memory_limit(cgroup: Path = CGROUP) -> str:
     """The container's memory limit for people."""
+    limit = _memory_limit(cgroup)
+    return "unknown size" if limit is None else human_bytes(limit)
+
+
+def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that the machine has left, at most the container's limit; None: neither is known."""
+    words = _words(meminfo)
+    left = int(words[words.index("MemAvailable:") + 1]) * 1024 if "MemAvailable:" in words else None
+    return min((size for size in (left, _memory_limit(cgroup)) if size is not None), default=None)
+
+
+def _memory_limit(cgroup: Path) -> int | None:
     limit = "".join(_words(cgroup / "memory.max") or _words(cgroup / "memory" / "memory.limit_in_bytes"))
-    known = limit.isdigit() and int(limit) < _NO_LIMIT_BYTES
-    return human_bytes(int(limit)) if known else "unknown size"
+    return int(limit) if limit.isdigit() and int(limit) < _NO_LIMIT_BYTES else None
 
 
 def _words(file: Path) -> list[str]:

@@ -28,8 +28,10 @@ from opensloth.flops import work_of
 from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
+from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
+from opensloth.launch import machine
 from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import attach_adapter, base_of, trainable_parameters
 from opensloth.model_shape import ModelShape
@@ -144,6 +146,42 @@ KINDS = pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2",
 def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keeping: Keeping) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     agreeing(model_of(kind, targets=targets), keeping, "")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_where_host_memory_is_scarce_only_inputs_lie_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another process of the node there is room for one more batch's, and for no token more."""
+    model, parked = model_of(kind, targets=ALL), []
+    full, of_token = 512, FusedModel(base_of(model), keeping=ALL_KEPT)._layers[0].parked_width
+    usable = 4 * full * of_token * len(base_of(model).model.layers) * 4 * 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(machine, "usable_memory", lambda: usable)
+    put = Parking.put
+    monkeypatch.setattr(
+        Parking, "put", lambda self, layer, tensors: parked.append(tensors) or put(self, layer, tensors)
+    )
+    for tokens, tensors in ((full, 4), (full + 1, 1)):
+        parked.clear()
+        expected = FusedModel(base_of(model), keeping=ALL_KEPT)
+        fused = FusedModel(base_of(model), keeping=Keeping(Keep.HOST), full_batch=tokens)
+        found = []
+        for one in (expected, fused):
+            one.begin_step()
+            one.accumulate(packed(documents()), 1.0)
+            found.append(one.gradient.clone())
+        assert {len(of_layer) for of_layer in parked} == {tensors}
+        if tensors > 1:
+            assert {sum(tensor.shape[1] for tensor in of_layer) for of_layer in parked} == {of_token}
+        assert torch.equal(*found)
+
+
+def test_a_place_in_host_memory_serves_all_batches_that_are_not_longer() -> None:
+    parking, longest = Parking(torch.device("cpu")), torch.zeros(10, 4)
+    places = [parking._host_for(0, 0, tensor).data_ptr() for tensor in (longest[:7], longest, longest[:7], longest)]
+    assert len(set(places)) == 2
+    assert len(set(places[1:])) == 1
+    assert parking._host_for(0, 0, longest[:7]).shape == (7, 4)
+    assert parking._host_for(0, 1, longest).data_ptr() not in places
 
 
 @every_keeping

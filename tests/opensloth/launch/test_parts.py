@@ -76,6 +76,17 @@ def test_cores_are_what_the_container_may_use(
     assert machine.cores(tmp_path) == expected
 
 
+def test_usable_memory_is_what_is_left_within_the_limit(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    assert machine.usable_memory(tmp_path, meminfo) is None
+    meminfo.write_text("MemTotal:  8388608 kB\nMemFree:  1 kB\nMemAvailable:  4194304 kB\n")
+    assert machine.usable_memory(tmp_path, meminfo) == 4 << 30
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.usable_memory(tmp_path, meminfo) == 4 << 30
+    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
+    assert machine.usable_memory(tmp_path, meminfo) == 1 << 30
+
+
 def test_memory_kills_are_counted_in_both_kinds_of_cgroup(tmp_path: Path) -> None:
     assert (machine.oom_kills(tmp_path), machine.memory_limit(tmp_path)) == (0, "unknown size")
     (tmp_path / "memory").mkdir()
