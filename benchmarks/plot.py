@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("svg")
+mpl.rcParams["svg.fonttype"] = "none"  # words, not their outlines
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,7 +41,7 @@ def main() -> None:
     axes.set_xlabel(f"tokens a second, median and range; {results.about['gpu']}, {results.about['date']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, 1.5 * axes.dataLim.x1)  # room for the words beside the bars
-    figure.savefig(picture)
+    figure.savefig(picture, metadata={"Date": None})
 
 
 def _bar(axes: plt.Axes, place: float, who: str, leg: Leg, results: Results) -> None:

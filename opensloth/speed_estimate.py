@@ -1,7 +1,7 @@
 """How fast the fast path trains, from sizes alone. Pure.
 
 A step is matrix products, attention, element-wise work that memory bounds, and launches. What share of a card's
-published figures each reaches was fitted to what an H100 did (docs/performance.md).
+published figures each reaches was fitted to what an H100 and an H200 did (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from opensloth.memory_estimate import Batch, Keeping, Method, trained_parameters
 from opensloth.model_shape import ModelShape
 
-_PRODUCTS, _ATTENTION = 0.64, 0.27
+_PRODUCTS, _ATTENTION = 0.66, 0.285
 """Of the published operations."""
-_TRAFFIC = 0.51
+_TRAFFIC = 0.47
 """Of the published bandwidth."""
-_LAYER_SECONDS = 0.45e-3
+_LAYER_SECONDS = 0.42e-3
 """Of a layer, whatever the batch: kernels that begin and end."""
-_LAUNCHER = 0.94
-"""A whole run, with loading, logging and TensorBoard, beside the steps alone."""
 SPREAD = 0.9
 """Tokens that a token sees on average, in mean lengths of a document: a half, and more as lengths differ."""
-_OPTIMIZER_BYTES = 28
-"""AdamW reads a weight, its gradient and moments, and writes all but the gradient."""
+_OPTIMIZER_BYTES = 12
+"""AdamW reads a weight and its gradient, and writes the weight; moments are read and written."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Ke
         + _traffic(shape, method, step, again) / (_TRAFFIC * card.bandwidth)
         + shape.layers * _LAYER_SECONDS
     )
-    return _LAUNCHER * batch.tokens / seconds
+    return batch.tokens / seconds
 
 
 def _products(shape: ModelShape, method: Method, batch: Batch, again: float) -> float:
@@ -78,4 +76,5 @@ def _traffic(shape: ModelShape, method: Method, step: Step, again: float) -> flo
     bytes_of_batch: float = 2 * shape.layers * of_layer * batch.tokens + 2 * 3 * shape.vocabulary * batch.targets
     if method.bits == 4:  # made whole for either way
         bytes_of_batch += 2 * (0.5 + 2) * shape.linear
-    return bytes_of_batch + _OPTIMIZER_BYTES * trained_parameters(shape, method) / step.accumulation
+    of_weight = _OPTIMIZER_BYTES + 2 * method.moments
+    return bytes_of_batch + of_weight * trained_parameters(shape, method) / step.accumulation
