@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -49,10 +50,17 @@ def choose(
 
 
 def _keeping(model: nn.Module, args: FastModelArgs, tokens: int) -> Keeping:
-    """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" those in host memory."""
+    """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" something in host memory."""
     asked = args.use_gradient_checkpointing
-    if asked == "auto":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
-        return roomiest(base_of(model).config, tokens, free, rank=max(ranks, default=0))
-    return Keeping({False: Keep.ALL, True: Keep.INPUTS, "unsloth": Keep.HOST}[asked])
+    if isinstance(asked, bool):
+        return Keeping(Keep.INPUTS if asked else Keep.ALL)
+    ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
+    rank = max(ranks, default=0)
+    return roomiest(base_of(model).config, tokens, _free_bytes(), rank=rank, in_host=asked == "unsloth")
+
+
+def _free_bytes() -> int:
+    """On the GPU, if there is one."""
+    if not torch.cuda.is_available():
+        return sys.maxsize
+    return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

@@ -19,6 +19,9 @@ from opensloth import flat
 class FlatAdamW(AdamW):
     """Computes what the package's own does, tensor by tensor, on the CPU with the same bits.
 
+    On CUDA, where the package decays weights after the update, lets small second moments become zero, and keeps the
+    signs of first ones, the kernel does as the package does on the CPU, but for rounding to the very nearest code and
+    for second moments, of which only zero is rounded to zero.
     Every gradient must lie as `flat.arrange` has it. The parameters become views of longer ones, which this optimizer
     trains; they must stay where they are.
     """
@@ -38,19 +41,12 @@ class FlatAdamW(AdamW):
             for part, whole in self._parts
         ]
         super().__init__(groups, **options | {"optim_bits": 8})
+        self._has_kernel = self._find_kernel()
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Tensors that are small by themselves keep their moments in 32 bits, however many there are."""
         config: dict[str, Any] = super().get_config(gindex, pindex, group)
         return config | {"optim_bits": 32 if group["is_small"] else 8, "min_8bit_size": 0}
-
-    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        super().init_state(group, p, gindex, pindex)
-        if self._by_own_kernel(p):
-            from opensloth.fused.kernels import eight_bit_adamw
-
-            if not eight_bit_adamw.knows(self.state[p]["qmap1"], self.state[p]["qmap2"]):
-                raise ImportError("this version of bitsandbytes keeps moments in codes that are not known here")
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         if not self._by_own_kernel(p):
@@ -63,7 +59,15 @@ class FlatAdamW(AdamW):
         eight_bit_adamw.step(p, p.grad, self.state[p], self.get_config(gindex, pindex, group))
 
     def _by_own_kernel(self, p: Tensor) -> bool:
-        return p.is_cuda and self.state[p]["state1"].dtype == torch.uint8
+        return self._has_kernel and self.state[p]["state1"].dtype == torch.uint8
+
+    def _find_kernel(self) -> bool:
+        """Whether there is one for these parameters and for this version's codes."""
+        if any(not whole.is_cuda or whole.dtype != torch.float32 for _, whole in self._parts):
+            return False
+        from opensloth.fused.kernels import eight_bit_adamw
+
+        return eight_bit_adamw.knows(self.name2qmap["dynamic"], self.name2qmap["udynamic"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -53,7 +53,7 @@ class FastModelArgs(Section):
     full_finetuning: bool = False
     """Train every weight instead of an adapter."""
     use_gradient_checkpointing: Literal["unsloth", "auto"] | bool = "unsloth"
-    """Recompute activations in the backward pass. "unsloth": and keep the layers' inputs in host memory, on CUDA.
+    """Recompute activations in the backward pass. "unsloth": and keep the rest in host memory, on CUDA.
     "auto", and "unsloth" as a default: on CUDA, as much as memory asks for."""
     fast_inference: Literal[False] = False
     """Belongs to generation during training, which SFT does not do: only false is accepted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensloth.memory_estimate import Batch, Keeping, Method, trained_parameters
+from opensloth.memory_estimate import Batch, Keep, Keeping, Method, trained_parameters
 from opensloth.model_shape import ModelShape
 
 _PRODUCTS, _ATTENTION = 0.66, 0.285
@@ -44,27 +44,29 @@ def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Ke
     """Of one GPU in a run through the launcher. method: fused."""
     batch = step.batch
     again = 1 - keeping.whole_of(shape.layers) / shape.layers
+    attended = 0 if keeping.keep is Keep.HOST else again
     seconds = (
-        _products(shape, method, batch, again) / (_PRODUCTS * card.operations)
-        + _attention(shape, step, again) / (_ATTENTION * card.operations)
+        _products(shape, method, batch, again, attended) / (_PRODUCTS * card.operations)
+        + _attention(shape, step, attended) / (_ATTENTION * card.operations)
         + _traffic(shape, method, step, again) / (_TRAFFIC * card.bandwidth)
         + shape.layers * _LAYER_SECONDS
     )
     return batch.tokens / seconds
 
 
-def _products(shape: ModelShape, method: Method, batch: Batch, again: float) -> float:
+def _products(shape: ModelShape, method: Method, batch: Batch, again: float, attended: float) -> float:
     """Operations: two a weight forward, two for inputs' gradients, two for its own.
 
-    again: share of the layers that are computed again, all but their last product.
+    again, attended: share of the layers of which the MLP, and attention, is computed again, but for the last product.
     """
     times = 6 if method.is_full else 4
-    of_token = times * shape.linear + 2 * again * (shape.linear - shape.layers * shape.hidden * shape.intermediate)
+    mlp = shape.layers * shape.hidden * shape.intermediate
+    of_token = times * shape.linear + 2 * (again * 2 * mlp + attended * (shape.linear - 3 * mlp))
     return of_token * batch.tokens + times * shape.head_parameters * batch.targets
 
 
-def _attention(shape: ModelShape, step: Step, again: float) -> float:
-    passes = 3.5 + again  # the way back takes two and a half
+def _attention(shape: ModelShape, step: Step, attended: float) -> float:
+    passes = 3.5 + attended  # the way back takes two and a half
     seen = SPREAD * step.document
     return passes * 4 * shape.layers * shape.attended * seen * step.batch.tokens
 

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 from opensloth.arithmetic import BatchShape
 from opensloth.errors import Problem
 from opensloth.human import human_duration
-from opensloth.memory_estimate import CONTEXT_BYTES, GIB, Batch, Estimate, Keep, Keeping, Method, estimate, roomiest
+from opensloth.memory_estimate import (
+    CONTEXT_BYTES,
+    GIB,
+    IN_HOST,
+    Batch,
+    Estimate,
+    Keep,
+    Keeping,
+    Method,
+    estimate,
+    roomiest,
+)
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
@@ -291,7 +302,7 @@ def _keeps(config: RunConfig, *, fused: bool) -> tuple[Keep, ...]:
     if asked is True:
         return (Keep.INPUTS,)
     if fused and asked == "unsloth" and _RECOMPUTE in config.explicit:
-        return (Keep.HOST,)
+        return IN_HOST
     return _every_keep(fused=fused)
 
 

@@ -74,10 +74,11 @@ class Expanded:
 
 @dataclass
 class Kept:
-    """What a layer keeps: `attended` and `expanded`; or, in `large`, its input x alone; or there, to be put elsewhere
-    meanwhile, what takes long to compute again up to the MLP.
+    """What a layer keeps, one of three.
 
-    large: x, [T, D]; then `Attended.raw`, `Attended.attended`, and y, [T, D]. lse: attention's, float32.
+    All: `attended` and `expanded`. Its input alone: `large` is (x,), with x [T, D]. What takes long to compute again up
+    to the MLP: `large` is (x, `Attended.raw`, `Attended.attended`, y), y [T, D] too, and `lse` attention's, float32.
+    `large` may lie in host memory meanwhile, the others never do.
     """
 
     large: tuple[Tensor, ...] = ()
@@ -136,11 +137,6 @@ class Layer:
     @property
     def projections(self) -> tuple[Projection, ...]:
         return self._qkv, self._out, self._gate_up, self._down
-
-    @property
-    def parked_width(self) -> int:
-        """Of a token, what it keeps in host memory: the elements of `Kept.large`."""
-        return self._qkv.inputs + self._qkv.outputs + self._out.inputs + self._out.rank + self._out.outputs
 
     def room_for_gradient(self, tokens: int) -> Tensor:
         """Where the gradient of this layer's output is to be written, up to D."""

@@ -11,12 +11,12 @@ from opensloth import flat
 from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
-from opensloth.fused.inputs import Inputs, inputs_of
+from opensloth.fused.inputs import Inputs, inputs_of, padded_tokens
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
-from opensloth.fused.parking import Parking, has_room
+from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Shared, gradient_of
-from opensloth.memory_estimate import LOGITS_BYTES, Keep, Keeping, mlp_part
+from opensloth.memory_estimate import IN_HOST, LOGITS_BYTES, Keeping, mlp_part
 
 
 class FusedModel:
@@ -45,10 +45,8 @@ class FusedModel:
         self._layers = [
             Layer(m, dtype, shared, keep=k, chunk=chunk) for m, k in zip(decoder.layers, keeps, strict=True)
         ]
-        self._parking = Parking(self._device)
-        self._parked = [keep is Keep.HOST for keep in keeps]
-        of_token = sum(layer.parked_width for layer, parked in zip(self._layers, self._parked, strict=True) if parked)
-        self._parks_inputs_alone = not has_room(of_token * full_batch * dtype.itemsize)
+        self._parking = Parking(self._device, padded_tokens(full_batch, full_batch))
+        self._parked = [keep in IN_HOST for keep in keeps]
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._copies = [copy for projection in self._projections for copy in projection.copies()]
@@ -72,6 +70,8 @@ class FusedModel:
         Weights are given back buffer by buffer: the model must not be there twice, and nothing else stays beside it.
         """
         projections, parameters = self._projections, self._parameters
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a graph may still be copying to host memory that is given back
         vars(self).clear()
         while projections:
             projections.pop().release()
@@ -158,8 +158,6 @@ class FusedModel:
 
     def _park(self, layer: int, kept: Kept) -> None:
         if self._parked[layer]:
-            if self._parks_inputs_alone:
-                kept.large, kept.lse = kept.large[:1], None
             self._parking.put(layer, kept.large)
             kept.large = ()
 

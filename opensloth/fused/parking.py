@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 
 import torch
 from torch import Tensor
 
-from opensloth.launch import machine
-
 _LEAVING = 2
 """Layers whose copies may be under way; then the oldest is waited for, so that its memory can be used again."""
-
-_SHARE = 4
-"""All of a node's processes together take one part in so many of its memory."""
-
-
-def has_room(size: int) -> bool:
-    """Whether so many bytes of host memory are this process's to take, as far as that is known."""
-    usable = machine.usable_memory()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return usable is None or size * processes * _SHARE <= usable
 
 
 class Parking:
     """A place for what each layer keeps. On the CPU tensors stay where they are."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        """tokens: for which there is room from the first batch on."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[tuple[int, int], Tensor] = {}
+        self._tokens = tokens
+        self._host: dict[int, list[Tensor]] = {}
         self._leaving: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
         self._coming: dict[int, tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
         self._kept: dict[int, tuple[Tensor, ...]] = {}
@@ -39,7 +28,7 @@ class Parking:
         self._kept[layer] = tensors
         if self._stream is None:
             return
-        host = self._kept[layer] = tuple(self._host_for(layer, i, tensor) for i, tensor in enumerate(tensors))
+        host = self._kept[layer] = self._places(layer, tensors)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for place, tensor in zip(host, tensors, strict=True):
@@ -70,13 +59,15 @@ class Parking:
             torch.cuda.current_stream().wait_event(arrived)
         return tensors
 
-    def _host_for(self, layer: int, index: int, tensor: Tensor) -> Tensor:
-        """Allocated once, and anew for the longest batch so far only: a captured graph goes on using it."""
-        room = self._host.get((layer, index))
-        if room is None or room.numel() < tensor.numel():
-            pinned = self._stream is not None
-            room = self._host[layer, index] = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=pinned)
-        return room[: tensor.numel()].view(tensor.shape)
+    def _places(self, layer: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """In one piece for all batches that are not longer; an outgrown one stays, as a captured graph may use it."""
+        rooms = self._host.setdefault(layer, [])
+        needed = sum(tensor.numel() for tensor in tensors)
+        if not rooms or rooms[-1].numel() < needed:
+            size = needed // len(tensors[0]) * max(len(tensors[0]), self._tokens)
+            rooms.append(torch.empty(size, dtype=tensors[0].dtype, pin_memory=self._stream is not None))
+        parts = rooms[-1][:needed].split([tensor.numel() for tensor in tensors])
+        return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
     def _wait_for_oldest(self) -> None:
         copied, _ = self._leaving.popleft()

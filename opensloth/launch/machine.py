@@ -45,10 +45,23 @@ def memory_limit(cgroup: Path = CGROUP) -> str:
 
 
 def usable_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that the machine has left, at most the container's limit; None: neither is known."""
-    words = _words(meminfo)
-    left = int(words[words.index("MemAvailable:") + 1]) * 1024 if "MemAvailable:" in words else None
-    return min((size for size in (left, _memory_limit(cgroup)) if size is not None), default=None)
+    """Bytes that the machine has left, and the container within its limit; None: neither is known."""
+    left, limit = _number_after("MemAvailable:", meminfo), _memory_limit(cgroup)
+    known = [] if left is None else [left * 1024]
+    return min(known if limit is None else [*known, max(0, limit - _memory_in_use(cgroup))], default=None)
+
+
+def _memory_in_use(cgroup: Path) -> int:
+    """Bytes of the container, but for what it has read from files."""
+    v1 = cgroup / "memory"
+    used = "".join(_words(cgroup / "memory.current") or _words(v1 / "memory.usage_in_bytes"))
+    files = _number_after("file", cgroup / "memory.stat") or _number_after("total_cache", v1 / "memory.stat")
+    return int(used or 0) - (files or 0)
+
+
+def _number_after(name: str, file: Path) -> int | None:
+    words = _words(file)
+    return int(words[words.index(name) + 1]) if name in words else None
 
 
 def _memory_limit(cgroup: Path) -> int | None:

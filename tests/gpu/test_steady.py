@@ -103,7 +103,7 @@ def test_nothing_is_compiled_after_the_first_steps(kind: str, trained: str, tmp_
     assert len(training.fused._graphs._captured) == (MOST if CUDA else 0)
 
 
-@pytest.mark.parametrize("keeping", [ALL_KEPT, Keeping(Keep.HOST)], ids=str)
+@pytest.mark.parametrize("keeping", [ALL_KEPT, Keeping(Keep.HOST), Keeping(Keep.HOST_INPUTS)], ids=str)
 @pytest.mark.parametrize("trained", [shapes.ADAPTER, shapes.WHOLE])
 def test_memory_is_flat(trained: str, keeping: Keeping, tmp_path: Path) -> None:
     """Batches of several shapes by turns, all of them captured long before the first look."""

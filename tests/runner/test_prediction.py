@@ -81,7 +81,8 @@ SIXTEEN_BITS = {"load_in_4bit": False}
         ("28Gi", "all in 9 layers, inputs in the others"),
         ("20Gi", "all in 1 layer, inputs in the others"),
         ("19Gi", "inputs"),
-        ("17Gi", "inputs in host memory"),
+        ("17Gi", "attention in host memory"),
+        ("16400Mi", "inputs in host memory"),
     ],
 )
 def test_what_is_kept_goes_by_the_memory_there_is(
@@ -107,7 +108,7 @@ def test_the_plan_shows_memory_and_time(oslo: Oslo, write: Callable[..., Path]) 
         line(answer, "memory"),
     )
     assert "weights: 14.3, trained weights and moments: 0.2, kept: 25.9, " in answer.out
-    assert re.search(r"at least 16\.\d GiB, keeping inputs in host memory", answer.out)
+    assert re.search(r"at least 15\.\d GiB, keeping inputs in host memory", answer.out)
     # 300 steps of 8 rows of 4,096 at about 17,500 tokens a second.
     assert re.search(r"about 1[78],000 tokens/s on each GPU, 9m\d\ds for all steps", line(answer, "speed"))
 
@@ -184,9 +185,9 @@ def test_every_way_that_is_named_makes_it_fit(
 
 
 def test_fewer_rows_keep_the_batch(oslo: Oslo, write: Callable[..., Path]) -> None:
-    training = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 5}
+    training = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 23}
     answer = oslo("validate", "--cluster", write(SIXTEEN_BITS, training=training, gpu_memory="24Gi"))
-    assert ["--set training.per_device_train_batch_size=20", "--set training.gradient_accumulation_steps=16"] in (
+    assert ["--set training.per_device_train_batch_size=23", "--set training.gradient_accumulation_steps=64"] in (
         proposals(answer)
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from opensloth.memory_estimate import Keep, Keeping
+from opensloth.memory_estimate import IN_HOST, Keep, Keeping
 
 ALL_KEPT = Keeping(Keep.ALL)
-EVERY = (ALL_KEPT, *(Keeping(keep, whole) for keep in (Keep.INPUTS, Keep.HOST) for whole in (0, 1)))
+EVERY = (ALL_KEPT, *(Keeping(keep, whole) for keep in (Keep.INPUTS, *IN_HOST) for whole in (0, 1)))
 every_keeping = pytest.mark.parametrize("keeping", EVERY, ids=str)

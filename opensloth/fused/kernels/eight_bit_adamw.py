@@ -74,9 +74,9 @@ def _step(
 
 
 def step(p: Tensor, grad: Tensor, state: dict[str, Any], config: dict[str, Any]) -> None:
-    """One step of bitsandbytes' `AdamW`, decay before the update. p, grad: float32 [n], n a multiple of 256.
+    """One step of AdamW, decay before the update. p, grad: float32 [n], n a multiple of 256; finite.
 
-    state, config: as the package has them for `p`; state["step"] counts this step too.
+    state, config: as bitsandbytes has them for `p`; state["step"] counts this step too.
     """
     (beta1, beta2), rate, count = config["betas"], float(config["lr"]), state["step"]
     maps = (state["qmap1"], state["qmap2"])

@@ -31,11 +31,10 @@ from opensloth.fused.objective import FusedObjective
 from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
-from opensloth.launch import machine
-from opensloth.memory_estimate import Keep, Keeping
+from opensloth.memory_estimate import IN_HOST, Keep, Keeping, Method, parked_bytes
 from opensloth.model import attach_adapter, base_of, trainable_parameters
 from opensloth.model_shape import ModelShape
-from opensloth.opensloth_config import FastModelArgs, LoraArgs, OpenSlothConfig
+from opensloth.opensloth_config import LORA_TARGETS, FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective, accumulate_gradients
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -149,39 +148,39 @@ def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], 
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_where_host_memory_is_scarce_only_inputs_lie_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside another process of the node there is room for one more batch's, and for no token more."""
+@pytest.mark.parametrize("keep", IN_HOST)
+def test_what_lies_in_host_memory_is_what_was_counted(kind: str, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the gradient has the bits of that of all kept."""
     model, parked = model_of(kind, targets=ALL), []
-    full, of_token = 512, FusedModel(base_of(model), keeping=ALL_KEPT)._layers[0].parked_width
-    usable = 4 * full * of_token * len(base_of(model).model.layers) * 4 * 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(machine, "usable_memory", lambda: usable)
     put = Parking.put
     monkeypatch.setattr(
         Parking, "put", lambda self, layer, tensors: parked.append(tensors) or put(self, layer, tensors)
     )
-    for tokens, tensors in ((full, 4), (full + 1, 1)):
-        parked.clear()
-        expected = FusedModel(base_of(model), keeping=ALL_KEPT)
-        fused = FusedModel(base_of(model), keeping=Keeping(Keep.HOST), full_batch=tokens)
-        found = []
-        for one in (expected, fused):
-            one.begin_step()
-            one.accumulate(packed(documents()), 1.0)
-            found.append(one.gradient.clone())
-        assert {len(of_layer) for of_layer in parked} == {tensors}
-        if tensors > 1:
-            assert {sum(tensor.shape[1] for tensor in of_layer) for of_layer in parked} == {of_token}
-        assert torch.equal(*found)
+    found = []
+    for keeping in (ALL_KEPT, Keeping(keep)):
+        fused = FusedModel(base_of(model), keeping=keeping)
+        fused.begin_step()
+        fused.accumulate(packed(documents()), 1.0)
+        found.append(fused.gradient.clone())
+        assert len(parked) == (len(base_of(model).model.layers) if keeping.keep is keep else 0)
+    assert torch.equal(*found)
+    shape = ModelShape.from_config(base_of(model).config.to_dict())
+    counted = parked_bytes(shape, Method(8, LORA_TARGETS, 16, 8, fused=True), keep)
+    assert {2 * sum(tensor.shape[1] for tensor in of_layer) for of_layer in parked} == {counted}
 
 
 def test_a_place_in_host_memory_serves_all_batches_that_are_not_longer() -> None:
-    parking, longest = Parking(torch.device("cpu")), torch.zeros(10, 4)
-    places = [parking._host_for(0, 0, tensor).data_ptr() for tensor in (longest[:7], longest, longest[:7], longest)]
-    assert len(set(places)) == 2
-    assert len(set(places[1:])) == 1
-    assert parking._host_for(0, 0, longest[:7]).shape == (7, 4)
-    assert parking._host_for(0, 1, longest).data_ptr() not in places
+    parking, longest = Parking(torch.device("cpu"), 10), (torch.zeros(10, 4), torch.zeros(10, 3))
+    shorter = tuple(tensor[:7] for tensor in longest)
+    for tensors in (shorter, longest, shorter):
+        places = parking._places(0, tensors)
+        assert [place.shape for place in places] == [tensor.shape for tensor in tensors]
+        assert places[0].data_ptr() == parking._host[0][0].data_ptr()
+        assert places[1].data_ptr() == places[0].data_ptr() + places[0].nbytes
+    before = parking._host[0][0].data_ptr()
+    parking._places(0, (torch.zeros(11, 4), torch.zeros(11, 3)))
+    assert [len(parking._host[0]), parking._host[0][0].data_ptr()] == [2, before], "a graph may still use the first"
+    assert parking._places(1, longest)[0].data_ptr() not in [room.data_ptr() for room in parking._host[0]]
 
 
 @every_keeping

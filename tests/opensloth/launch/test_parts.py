@@ -85,6 +85,11 @@ def test_usable_memory_is_what_is_left_within_the_limit(tmp_path: Path) -> None:
     assert machine.usable_memory(tmp_path, meminfo) == 4 << 30
     (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
     assert machine.usable_memory(tmp_path, meminfo) == 1 << 30
+    (tmp_path / "memory.current").write_text(f"{700 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {500 << 20}\nfile {200 << 20}\n")
+    assert machine.usable_memory(tmp_path, meminfo) == 524 << 20, "what was read from files does not count"
+    (tmp_path / "memory.current").write_text(f"{2 << 30}\n")
+    assert machine.usable_memory(tmp_path, meminfo) == 0
 
 
 def test_memory_kills_are_counted_in_both_kinds_of_cgroup(tmp_path: Path) -> None:
