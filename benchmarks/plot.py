@@ -12,7 +12,6 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("svg")
-mpl.rcParams["svg.fonttype"] = "none"  # words, not their outlines
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,6 +25,7 @@ WIDTH = 0.38
 
 
 def main() -> None:
+    mpl.rcParams["svg.fonttype"] = "none"  # words, not their outlines
     results, picture = Results.read(Path(sys.argv[1])), Path(sys.argv[2])
     found = {case.title: outcome(case, results) for case in CASES.values() if not (case.seconds or case.beside)}
     found = {textwrap.fill(title, 36): one for title, one in found.items() if one.value is not None}
