@@ -1,12 +1,12 @@
 """bitsandbytes' AdamW with moments in 8 bits, in one launch for all tensors that are treated alike.
 
 By itself the package launches each tensor alone and waits for the GPU after it: of 290 tensors, a quarter of a step. On
-CUDA a kernel of its own takes the step: the package's searches each moment's code, as long again as the rest.
+CUDA `eight_bit_adamw` takes the step: the package's kernel searches each moment's code, as long again as the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class FlatAdamW(AdamW):
             for part, whole in self._parts
         ]
         super().__init__(groups, **options | {"optim_bits": 8})
-        self._has_kernel = self._find_kernel()
+        self._kernel = self._find_kernel()
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         """Tensors that are small by themselves keep their moments in 32 bits, however many there are."""
@@ -49,25 +49,22 @@ class FlatAdamW(AdamW):
         return config | {"optim_bits": 32 if group["is_small"] else 8, "min_8bit_size": 0}
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        if not self._by_own_kernel(p):
+        state = self.state[p]
+        if self._kernel is None or state["state1"].dtype != torch.uint8:
             super().update_step(group, p, gindex, pindex)
             return
-        from opensloth.fused.kernels import eight_bit_adamw
-
         assert p.grad is not None, "the package asks for no step of such a one"
-        self.state[p]["step"] += 1
-        eight_bit_adamw.step(p, p.grad, self.state[p], self.get_config(gindex, pindex, group))
+        state["step"] += 1
+        self._kernel(p, p.grad, state, self.get_config(gindex, pindex, group))
 
-    def _by_own_kernel(self, p: Tensor) -> bool:
-        return self._has_kernel and self.state[p]["state1"].dtype == torch.uint8
-
-    def _find_kernel(self) -> bool:
-        """Whether there is one for these parameters and for this version's codes."""
+    def _find_kernel(self) -> Callable[..., None] | None:
+        """`eight_bit_adamw.step`, if it is for these parameters and for this version's codes."""
         if any(not whole.is_cuda or whole.dtype != torch.float32 for _, whole in self._parts):
-            return False
+            return None
         from opensloth.fused.kernels import eight_bit_adamw
 
-        return eight_bit_adamw.knows(self.name2qmap["dynamic"], self.name2qmap["udynamic"])
+        known = eight_bit_adamw.knows(self.name2qmap["dynamic"], self.name2qmap["udynamic"])
+        return eight_bit_adamw.step if known else None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

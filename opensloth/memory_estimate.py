@@ -218,7 +218,7 @@ def _ranks(method: Method) -> tuple[int, ...]:
 def parked_bytes(shape: ModelShape, method: Method, keep: Keep) -> int:
     """Of one token and layer, in host memory."""
     attention = shape.qkv + shape.attended + _ranks(method)[1] + shape.hidden
-    return _HALF * {Keep.HOST: shape.hidden + attention, Keep.HOST_INPUTS: shape.hidden}.get(keep, 0)
+    return _HALF * {Keep.HOST_INPUTS: shape.hidden, Keep.HOST: shape.hidden + attention}.get(keep, 0)
 
 
 def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) -> tuple[float, float, float]:
@@ -226,10 +226,9 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
     width, whole = shape.hidden, keeping.whole_of(shape.layers)
     of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
-    on_its_way = {  # the next layer's and an input; or an input back, and two still leaving
-        Keep.HOST: parked_bytes(shape, method, Keep.HOST) + _HALF * width,
-        Keep.HOST_INPUTS: 3 * _HALF * width,
-    }.get(keeping.keep, 0)
+    on_its_way = parked_bytes(shape, method, keeping.keep)
+    if on_its_way:  # back, beside an input; of inputs alone two may still be leaving
+        on_its_way += _HALF * width * (1 if keeping.keep is Keep.HOST else 2)
     kept = whole * of_whole + (shape.layers - whole) * of_other + on_its_way * batch.tokens
     layer = work_of_whole if whole else 0.0
     if whole < shape.layers:
@@ -250,7 +249,12 @@ def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) ->
     of_input = _HALF * width
     is_whole = keep is Keep.ALL
     of_lse = _FLOAT * shape.heads
-    kept = {Keep.ALL: of_input + attended + expanded, Keep.INPUTS: of_input, Keep.HOST: of_lse}.get(keep, 0)
+    kept = {
+        Keep.ALL: of_input + attended + expanded,
+        Keep.INPUTS: of_input,
+        Keep.HOST: of_lse,
+        Keep.HOST_INPUTS: 0,
+    }[keep]
     part = tokens if is_whole else min(tokens, mlp_part(inner, keep))
     again, again_mlp = (0, 0) if is_whole else (attended * tokens, expanded * part)
     mlp = again_mlp + _HALF * (4 * inner + width) * part

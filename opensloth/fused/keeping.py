@@ -13,8 +13,6 @@ from opensloth.opensloth_config import LORA_TARGETS
 
 _MOMENTS_BYTES = 12
 """Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
-
-
 _SHARE = 4
 """All of a node's processes together put into one part in so many of its memory what does not fit on their GPUs."""
 
@@ -34,8 +32,7 @@ def roomiest(config: Any, tokens: int, free: int, *, rank: int, in_host: bool = 
 
 def _host_has_room(shape: ModelShape, method: Method, tokens: int, keep: Keep) -> bool:
     """As far as it is known; inputs alone always have."""
-    usable = machine.usable_memory()
-    if keep is not Keep.HOST or usable is None:
+    if keep is not Keep.HOST or (usable := machine.usable_memory()) is None:
         return True
     of_layer = tokens * memory_estimate.parked_bytes(shape, method, keep)
     pinned = 1 << (of_layer - 1).bit_length()  # torch rounds up what is pinned

@@ -59,7 +59,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def close(found: Tensor, expected: Tensor, bound: float = BOUND) -> None:
     off = float((plain(found) - expected).norm() / expected.norm())
-    at_most(f"a kernel computes what plain torch does, {DTYPE}", off, bound)
+    at_most(f"a kernel computes what plain torch does, {found.dtype}", off, bound)
 
 
 @pytest.mark.slow
