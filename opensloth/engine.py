@@ -10,7 +10,7 @@ from torch import nn
 
 from opensloth.data.training_data import Rows
 from opensloth.errors import ConfigError, Problem
-from opensloth.fused.keeping import roomiest
+from opensloth.fused.keeping import roomiest, speeds_of
 from opensloth.fused.support import reason_against
 from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of
@@ -56,7 +56,15 @@ def _keeping(model: nn.Module, args: FastModelArgs, tokens: int) -> Keeping:
         return Keeping(Keep.INPUTS if asked else Keep.ALL)
     ranks = [lora.r for lora in getattr(model, "peft_config", {}).values()]
     rank = max(ranks, default=0)
-    return roomiest(base_of(model).config, tokens, _free_bytes(), rank=rank, in_host=asked == "unsloth")
+    base = base_of(model)
+    return roomiest(
+        base.config,
+        tokens,
+        _free_bytes(),
+        rank=rank,
+        in_host=asked == "unsloth",
+        speeds=lambda: speeds_of(base.device),
+    )
 
 
 def _free_bytes() -> int:

@@ -20,7 +20,7 @@ CONTEXT_BYTES = int(0.6 * GIB)
 LOGITS_BYTES = GIB // 4
 """Room for logits at a time."""
 MLP_BYTES = GIB
-"""Room for what an MLP makes and its gradients, where they are made in parts; less where memory is scarce."""
+"""Room for what an MLP makes again and its gradients, which may be made in parts."""
 _OTHER_BYTES = GIB // 10
 """cuBLAS' workspaces, a batch's indices and turns, gradients of adapters before they are dealt out."""
 _USABLE = 0.9
@@ -32,6 +32,7 @@ _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 BORDER = 16
 """An adapter's rank in the border of a weight is rounded up to a multiple of it, and so is every row's stride: matrix
 products ask for 8, and Triton reads and writes widely by 16."""
+_ALIGNED = 128
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The fast path makes each one product."""
 
@@ -39,7 +40,7 @@ _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 class Keep(Enum):
     """ALL: all that the backward pass reads. INPUTS: the layers' inputs; the rest is computed again. HOST: in host
     memory the inputs and what attention made of them; norms and MLPs are computed again. HOST_INPUTS: as INPUTS, but in
-    host memory.
+    host memory. With both of these the embeddings lie there too, if they are neither trained nor the head's.
     """
 
     ALL = "all"
@@ -50,7 +51,8 @@ class Keep(Enum):
 
 @dataclass(frozen=True)
 class Keeping:
-    """What each layer keeps. whole: how many keep all, whatever the others do.
+    """What each layer keeps. whole: how many compute nothing again, whatever the others do; of HOST they keep on the
+    GPU what their MLPs made, and the rest in host memory as the others do.
 
     They are the last ones: their way back is the first, and then their memory is there for what is computed again.
     """
@@ -63,18 +65,24 @@ class Keeping:
         return layers if self.keep is Keep.ALL else self.whole
 
     def of_layer(self, layer: int, layers: int) -> Keep:
-        return Keep.ALL if layer >= layers - self.whole else self.keep
+        return Keep.ALL if layer >= layers - self.whole and self.keep is not Keep.HOST else self.keep
+
+    def keeps_mlp(self, layer: int, layers: int) -> bool:
+        """Whether it keeps what its MLP made, though not all."""
+        return layer >= layers - self.whole and self.keep is Keep.HOST
 
     def __str__(self) -> str:
         if not self.whole or self.keep is Keep.ALL:
             return self.keep.value
         layers = "1 layer" if self.whole == 1 else f"{self.whole} layers"
+        if self.keep is Keep.HOST:
+            return f"{self.keep.value}, and the MLPs of {layers}"
         return f"all in {layers}, {self.keep.value} in the others"
 
 
 IN_HOST = (Keep.HOST, Keep.HOST_INPUTS)
-SCARCITY = {Keep.ALL: 1, Keep.INPUTS: 2, Keep.HOST: 4, Keep.HOST_INPUTS: 4}
-"""MLPs are made in parts of this fraction of their room."""
+_SCARCITY = 4
+"""With HOST_INPUTS, MLPs are made in one part in so many of their room: it is taken where nothing else fits."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +150,41 @@ def estimate(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) 
     else:
         kept, loss, layer = _autograd_working(shape, method, batch, keeping.keep)
     trained = trained_parameters(shape, method) * (2 * _FLOAT + method.moments)
-    weights = _frozen(shape, method) + added_weights(shape, method)
+    weights = _frozen(shape, method) + added_weights(shape, method) - moved_table(shape, method, keeping.keep)
     return Estimate(int(weights), int(trained), int(kept), int(loss), int(layer), _OTHER_BYTES)
 
 
 def roomiest(
     shape: ModelShape, method: Method, batch: Batch, free: int, choices: Sequence[Keep] = tuple(Keep)
 ) -> Keeping | None:
-    """The fastest that fits of `choices`, the roomiest of which come first; None: no one does.
+    """The first that fits of `choices`; None: no one does.
 
-    On the fast path, where ALL is among them, as many layers as fit keep all.
-    free: bytes of the device when weights, gradients and moments have their places.
+    On the fast path as many layers as fit keep all, or of HOST their MLPs; where ALL is not among them, as many as take
+    no more than none.
+    free: bytes of the device when all weights, gradients and moments have their places there.
     """
     for keep in choices:
-        mixed = method.fused and keep is not Keep.ALL and Keep.ALL in choices
-        for whole in range(shape.layers - 1 if mixed else 0, -1, -1):
+        limit = _USABLE * (free + moved_table(shape, method, keep))
+        if Keep.ALL not in choices:  # no more than it takes anyway
+            limit = min(limit, estimate(shape, method, batch, Keeping(keep)).working)
+        for whole in range(shape.layers - 1 if method.fused and keep is not Keep.ALL else 0, -1, -1):
             keeping = Keeping(keep, whole)
-            if estimate(shape, method, batch, keeping).working <= _USABLE * free:
+            if estimate(shape, method, batch, keeping).working <= limit:
                 return keeping
     return None
+
+
+def copies_keep_up(shape: ModelShape, method: Method, operations: float, link: float) -> bool:
+    """Whether what HOST puts into host memory has left before the next layer is made: then it costs next to no time.
+
+    operations: that matrix products reach, a second. link: bytes a second to host memory.
+    """
+    return parked_bytes(shape, method, Keep.HOST) / link <= 2 * shape.layer_linear / operations
+
+
+def order(*, copies_keep_up: bool) -> tuple[Keep, ...]:
+    """Ways to keep, the fastest that are left when the one before does not fit."""
+    return (Keep.ALL, *IN_HOST) if copies_keep_up else tuple(Keep)
 
 
 def to_come(shape: ModelShape, method: Method) -> int:
@@ -176,8 +200,20 @@ def trained_parameters(shape: ModelShape, method: Method) -> int:
 
 
 def mlp_part(intermediate: int, keep: Keep) -> int:
-    """Tokens that the fast path sends through an MLP at a time where it is computed again."""
-    return max(1024, MLP_BYTES // SCARCITY[keep] // (12 * intermediate) // 1024 * 1024)
+    """Tokens that the fast path sends through an MLP at a time where it is computed again.
+
+    In small parts products take longer: at 7B a step of 1,024 at a time 5 % (H100), of 2,048 4 %, of 4,096 2 %.
+    """
+    room = MLP_BYTES // (_SCARCITY if keep is Keep.HOST_INPUTS else 1)
+    return max(1024, room // (_HALF * 3 * intermediate) // 1024 * 1024)
+
+
+def row(width: int, border: int) -> int:
+    """Elements from one row of activations to the next, with room for an adapter's border.
+
+    On an H100 SwiGLU's gradient takes 9 % longer where rows begin at a multiple of 16 elements, and large products 2 %.
+    """
+    return -(-(width + border) // _ALIGNED) * _ALIGNED if border else width
 
 
 def added_weights(shape: ModelShape, method: Method) -> int:
@@ -197,6 +233,13 @@ def _frozen(shape: ModelShape, method: Method) -> float:
         return 0
     size = {4: _FOUR_BITS, 8: 1}.get(method.bits, method.bits / 8)
     return size * shape.linear + max(_HALF, method.bits // 8) * (shape.parameters - shape.linear)
+
+
+def moved_table(shape: ModelShape, method: Method, keep: Keep) -> int:
+    """Bytes of the embeddings, if they lie in host memory."""
+    if keep not in IN_HOST or not method.fused or method.is_full or shape.tied:
+        return 0
+    return max(_HALF, method.bits // 8) * shape.vocabulary * shape.hidden
 
 
 def _borders(shape: ModelShape, method: Method) -> int:
@@ -223,43 +266,55 @@ def parked_bytes(shape: ModelShape, method: Method, keep: Keep) -> int:
 
 def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) -> tuple[float, float, float]:
     """kept, loss, layer of `opensloth.fused`."""
-    width, whole = shape.hidden, keeping.whole_of(shape.layers)
-    of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
+    width, tokens, whole = shape.hidden, batch.tokens, keeping.whole_of(shape.layers)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
-    on_its_way = parked_bytes(shape, method, keeping.keep)
-    if on_its_way:  # back, beside an input; of inputs alone two may still be leaving
-        on_its_way += _HALF * width * (1 if keeping.keep is Keep.HOST else 2)
-    kept = whole * of_whole + (shape.layers - whole) * of_other + on_its_way * batch.tokens
+    if keeping.keep is Keep.HOST:
+        of_mlp = _HALF * row(2 * shape.intermediate, _ranks(method)[2])
+        of_whole, work_of_whole = of_other + of_mlp * tokens, work_of_other - of_mlp * _part(shape, batch, Keep.HOST)
+    else:
+        of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
+    here = parked_bytes(shape, method, keeping.keep)  # of one layer, at work or to be
+    if keeping.keep is Keep.HOST_INPUTS:  # and of the one before it
+        here *= 2
+    kept = whole * of_whole + (shape.layers - whole) * of_other + here * tokens
     layer = work_of_whole if whole else 0.0
     if whole < shape.layers:
         layer = max(layer, work_of_other - whole * of_whole)
     logits = min(LOGITS_BYTES, _HALF * shape.vocabulary * batch.targets)
-    loss = _HALF * width * (2 * batch.tokens + 3 * batch.targets) + logits
+    loss = _HALF * width * (2 * tokens + 3 * batch.targets) + logits
     return kept, loss, layer
 
 
+def _part(shape: ModelShape, batch: Batch, keep: Keep) -> int:
+    return min(batch.tokens, mlp_part(shape.intermediate, keep))
+
+
 def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float]:
-    """What one layer keeps, and what its way back takes beside that."""
+    """What one layer keeps, and what it needs beside that when it needs most."""
     width, inner, tokens = shape.hidden, shape.intermediate, batch.tokens
     qkv_border, out_border, up_border, down_border = _ranks(method)
     turned = 2 if shape.head_norms else 1  # qkv before and after its heads are normed
     scales = _FLOAT * (2 + shape.heads + turned // 2 * (shape.heads + shape.key_value_heads))
-    attended = _HALF * (width + qkv_border + turned * shape.qkv + shape.attended + out_border + width) + scales
-    expanded = _HALF * (width + up_border + 2 * inner + down_border)
-    of_input = _HALF * width
-    is_whole = keep is Keep.ALL
-    of_lse = _FLOAT * shape.heads
+    attended = _HALF * (row(width, qkv_border) + turned * shape.qkv + row(shape.attended, out_border) + width) + scales
+    expanded = _HALF * (row(width, up_border) + row(2 * inner, up_border))
+    of_input, of_border = _HALF * width, _HALF * down_border
     kept = {
-        Keep.ALL: of_input + attended + expanded,
-        Keep.INPUTS: of_input,
-        Keep.HOST: of_lse,
-        Keep.HOST_INPUTS: 0,
+        Keep.ALL: of_input + attended + expanded + of_border,
+        Keep.INPUTS: of_input + of_border,
+        Keep.HOST: _FLOAT * shape.heads + of_border,
+        Keep.HOST_INPUTS: of_border,
     }[keep]
-    part = tokens if is_whole else min(tokens, mlp_part(inner, keep))
-    again, again_mlp = (0, 0) if is_whole else (attended * tokens, expanded * part)
-    mlp = again_mlp + _HALF * (4 * inner + width) * part
+    part = tokens if keep is Keep.ALL else _part(shape, batch, keep)
+    again_mlp = 0 if keep is Keep.ALL else expanded * part
+    again = attended * tokens if keep in (Keep.INPUTS, Keep.HOST_INPUTS) else 0
+    mlp = again_mlp + _HALF * (inner + width) * part
     attention = _HALF * (shape.attended + shape.qkv + width) * tokens
-    return kept * tokens, _HALF * (3 * width + down_border + out_border) * tokens + again + max(mlp, attention)
+    if keep is Keep.HOST:
+        attention += _HALF * width * tokens  # the input, normed again
+    work = _HALF * (width + row(width, down_border) + row(width, out_border)) * tokens + again + max(mlp, attention)
+    if keep is Keep.HOST:  # on the way there, while what the layer before it kept is leaving
+        work = max(work, parked_bytes(shape, method, keep) * tokens + again_mlp + _HALF * (inner + width) * part)
+    return kept * tokens, work
 
 
 def _autograd_working(shape: ModelShape, method: Method, batch: Batch, keep: Keep) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opensloth import memory_estimate
 from opensloth.memory_estimate import Batch, Keep, Keeping, Method, trained_parameters
 from opensloth.model_shape import ModelShape
 
@@ -15,6 +16,8 @@ _PRODUCTS, _ATTENTION = 0.66, 0.285
 """Of the published operations."""
 _TRAFFIC = 0.47
 """Of the published bandwidth."""
+_LINK = 0.85
+"""Of the published link: an H100 reached 56 of 64 GB/s."""
 _LAYER_SECONDS = 0.42e-3
 """Of a layer, whatever the batch: kernels that begin and end."""
 SPREAD = 0.9
@@ -25,10 +28,13 @@ _OPTIMIZER_BYTES = 12
 
 @dataclass(frozen=True)
 class Card:
-    """operations: dense, in bfloat16, a second. bandwidth: bytes a second. Both as published."""
+    """operations: dense, in bfloat16, a second. bandwidth, link: bytes a second, of its own memory and to the host's,
+    one way. All as published.
+    """
 
     operations: float
     bandwidth: float
+    link: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Step:
     batch: Batch
     accumulation: int
     document: float
+
+
+def copies_keep_up(shape: ModelShape, method: Method, card: Card) -> bool:
+    """As `memory_estimate.copies_keep_up`, which the run asks with what it measures."""
+    return memory_estimate.copies_keep_up(shape, method, _PRODUCTS * card.operations, _LINK * card.link)
 
 
 def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Keeping, card: Card) -> float:

@@ -30,16 +30,17 @@ class Product:
     card: Card | None
 
 
-def _card(tera_operations: float, gigabytes: float) -> Card:
-    return Card(tera_operations * 1e12, gigabytes * 1e9)
+def _card(tera_operations: float, gigabytes: float, pcie: int = 4) -> Card:
+    """pcie: its generation, of 16 lanes."""
+    return Card(tera_operations * 1e12, gigabytes * 1e9, 2.0 ** (pcie + 1) * 1e9)
 
 
 _PRODUCTS: Final = (
-    ("B200", Product(183_359, _card(2250, 8000))),
-    ("H200", Product(143_771, _card(989, 4800))),
-    ("H100 NVL", Product(95_830, _card(835, 3900))),
-    ("H100 PCIE", Product(81_559, _card(756, 2000))),
-    ("H100", Product(81_559, _card(989, 3350))),
+    ("B200", Product(183_359, _card(2250, 8000, 5))),
+    ("H200", Product(143_771, _card(989, 4800, 5))),
+    ("H100 NVL", Product(95_830, _card(835, 3900, 5))),
+    ("H100 PCIE", Product(81_559, _card(756, 2000, 5))),
+    ("H100", Product(81_559, _card(989, 3350, 5))),
     (r"A100.* 80GB", Product(81_920, _card(312, 2000))),
     ("A100", Product(40_960, _card(312, 1555))),
     ("L40S", Product(46_068, _card(362, 864))),
@@ -47,7 +48,7 @@ _PRODUCTS: Final = (
     ("A10G?", Product(23_028, _card(125, 600))),
     ("RTX A6000", Product(49_140, _card(155, 768))),
     ("RTX 6000 ADA", Product(49_140, _card(364, 960))),
-    ("RTX 5090", Product(32_607, _card(210, 1792))),
+    ("RTX 5090", Product(32_607, _card(210, 1792, 5))),
     ("RTX 4090", Product(24_564, _card(165, 1008))),
     ("RTX 3090", Product(24_576, _card(71, 936))),
     ("T4", Product(15_360, None)),

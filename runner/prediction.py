@@ -19,12 +19,13 @@ from opensloth.memory_estimate import (
     Keeping,
     Method,
     estimate,
+    order,
     roomiest,
 )
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
-from opensloth.speed_estimate import Step, tokens_per_second
+from opensloth.speed_estimate import Step, copies_keep_up, tokens_per_second
 from opensloth.training_keys import PLAIN_OPTIMIZER, needs_bitsandbytes
 from runner.gpu import THIS_MACHINE, Gpu
 
@@ -42,6 +43,8 @@ _MOMENTS: Final = {
 """Bytes for each trained weight, with what a step makes of all of them at once (torch's own, unless fused: a root).
 Adafactor and SGD keep next to nothing; paged ones make room by themselves."""
 _RECOMPUTE: Final = "opensloth.fast_model_args.use_gradient_checkpointing"
+_BY_PLAIN_TORCH: Final = (Keep.INPUTS,)
+"""Unless it is told not to."""
 _ACCUMULATION: Final = "training.gradient_accumulation_steps"
 
 
@@ -190,8 +193,8 @@ class _Settings:
 class _Case:
     """One way to train.
 
-    keeps: that the file allows, the roomiest first. rows, row_tokens: of a batch. targets: their share of the tokens,
-    None where nobody has counted them.
+    keeps: that the file allows, in the order in which the engine tries them. rows, row_tokens: of a batch. targets:
+    their share of the tokens, None where nobody has counted them.
     """
 
     shape: ModelShape
@@ -206,14 +209,15 @@ class _Case:
     def of(cls, config: RunConfig, shape: ModelShape, gpu: Gpu, plan: Plan, *, quantises: bool) -> _Case:
         data, row = plan.data, config.opensloth.fast_model_args.max_seq_length
         why = _why_not_fused(config, shape, gpu)
+        method = _method(config, shape, gpu, fused=why is None, quantises=quantises)
         rows = plan.shape.per_device
         if data is not None:
             rows = min(rows, data.rows)
         return cls(
             shape=shape,
-            method=_method(config, shape, gpu, fused=why is None, quantises=quantises),
+            method=method,
             why_not_fused=why,
-            keeps=_keeps(config, fused=why is None),
+            keeps=_keeps(config, shape, method, gpu),
             rows=rows,
             row_tokens=row,
             targets=None if data is None else min(1.0, data.target_tokens / (data.rows * row)),
@@ -238,7 +242,7 @@ class _Case:
         """What the engine will keep on a GPU of this memory."""
         if memory is None:
             return Keeping(self.keeps[0])
-        fixed = self.keeping(Keeping(self.keeps[0]))
+        fixed = self.keeping(Keeping(Keep.ALL))
         free = memory - CONTEXT_BYTES - fixed.weights - fixed.trained
         return roomiest(self.shape, self.method, self.batch, free, self.keeps) or Keeping(self.keeps[-1])
 
@@ -268,9 +272,9 @@ class _Case:
 
     def _ways(self, memory: int, rough: bool, settings: _Settings) -> list[tuple[str, _Case]]:
         ways = []
-        whole = _every_keep(fused=self.method.fused)
-        if self.keeps[-1] is not whole[-1]:
-            ways.append((f"--set {_RECOMPUTE}=unsloth", replace(self, keeps=whole)))
+        least = IN_HOST if self.method.fused else _BY_PLAIN_TORCH
+        if self.keeps[-1] is not least[-1]:
+            ways.append((f"--set {_RECOMPUTE}=unsloth", replace(self, keeps=least)))
         fewer = [replace(self, rows=rows) for rows in range(self.rows - 1, 0, -1) if settings.allows(rows)]
         if fewer:
             case = next((case for case in fewer if _fits(case.least, memory, rough)), fewer[-1])
@@ -291,19 +295,22 @@ class _Case:
         return replace(self, **new)
 
 
-def _every_keep(*, fused: bool) -> tuple[Keep, ...]:
-    return tuple(Keep) if fused else (Keep.INPUTS,)  # plain torch goes by the layers' inputs unless it is told not to
+def _every_keep(shape: ModelShape, method: Method, gpu: Gpu) -> tuple[Keep, ...]:
+    if not method.fused:
+        return _BY_PLAIN_TORCH
+    card = gpu.product.card if gpu.product else None
+    return order(copies_keep_up=card is not None and copies_keep_up(shape, method, card))
 
 
-def _keeps(config: RunConfig, *, fused: bool) -> tuple[Keep, ...]:
+def _keeps(config: RunConfig, shape: ModelShape, method: Method, gpu: Gpu) -> tuple[Keep, ...]:
     asked = config.opensloth.fast_model_args.use_gradient_checkpointing
     if asked is False:
         return (Keep.ALL,)
     if asked is True:
         return (Keep.INPUTS,)
-    if fused and asked == "unsloth" and _RECOMPUTE in config.explicit:
+    if method.fused and asked == "unsloth" and _RECOMPUTE in config.explicit:
         return IN_HOST
-    return _every_keep(fused=fused)
+    return _every_keep(shape, method, gpu)
 
 
 def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quantises: bool) -> Method:

@@ -24,7 +24,7 @@ from opensloth.dist import World
 from opensloth.isolation import isolate_documents
 from opensloth.model import load_model, vocabulary_of
 from opensloth.step import accumulate_gradients
-from training import gradient, process
+from training import ballast, gradient, process
 from training.assets import Assets, make_model, read
 from training.legs import Leg
 from training.oslo import config_of
@@ -45,7 +45,8 @@ def main() -> None:
     expected = torch.load(reference, weights_only=True)
     verdicts = {}
     for leg in legs:
-        verdicts[leg.kind] = gradient.judged(own_gradient(assets, leg), expected)
+        with ballast.held(leg.room_gib):
+            verdicts[leg.kind] = gradient.judged(own_gradient(assets, leg), expected)
         process.say(f"{leg.kind}: {verdicts[leg.kind]}")
     if legs:
         leaked = gradient.judged(own_gradient(assets, legs[0], leak=True), expected)

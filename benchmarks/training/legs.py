@@ -15,8 +15,9 @@ PACKAGES = {OSLO: [], "trl": ["trl"], "trl+liger": ["trl", "liger_kernel"], "uns
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """program: with its attention after a slash. row: tokens of one packed row. recompute: off, on, or host (on, and
-    what is kept lies in host memory: oslo only). length: tokens of every document; None: log-normal. target_share: of
+    """program: with its attention after a slash. row: tokens of one packed row. recompute: off, on, host (on, and what
+    is kept lies in host memory) or auto (as there is memory for; these two oslo only). room_gib: as much of the GPU's
+    memory is free for it; None: all. length: tokens of every document; None: log-normal. target_share: of
     a document's tokens, its last ones. full: every weight is trained. within: one evaluation and one checkpoint within
     the timed steps. start: ends after its first step, which is all that is timed. compiled: by `torch_compile`.
     eight_bit: AdamW keeps its moments in 8 bits (oslo only).
@@ -26,6 +27,7 @@ class Leg:
     shape: str
     rows: int
     recompute: str = "off"
+    room_gib: float | None = None
     row: int = ROW
     length: int | None = None
     target_share: float = 1.0
@@ -53,6 +55,7 @@ class Leg:
     def name(self) -> str:
         """Unlike that of any other leg: results are kept by it."""
         extras = {
+            f"{self.room_gib} GiB free": self.room_gib,
             f"documents of {self.length}": self.length,
             f"{self.target_share:.0%} targets": self.target_share < 1,
             "full": self.full,
@@ -67,7 +70,9 @@ class Leg:
     @property
     def kind(self) -> str:
         """What its gradient is compared under: legs of one kind compute it by the same code."""
-        return f"{self.program}{' torch_compile' if self.compiled else ''}, {self.group}, recompute {self.recompute}"
+        how = f"{self.program}{' torch_compile' if self.compiled else ''}"
+        room = f", {self.room_gib} GiB free" if self.room_gib else ""
+        return f"{how}, {self.group}, recompute {self.recompute}{room}"
 
     @property
     def group(self) -> str:

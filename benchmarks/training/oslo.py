@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opensloth import run_config
-from training import process
+from training import ballast, process
 from training.assets import Assets
 from training.legs import Leg
 
@@ -25,7 +25,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `run` ends its launcher first
     asked = json.loads(sys.argv[1])
     assets = Assets(**{name: Path(path) for name, path in asked["assets"].items()})
-    process.answer(run(assets, Path(asked["runs"]) / f"{time.time_ns()}", Leg(**asked["leg"]), asked["steps"]))
+    leg = Leg(**asked["leg"])
+    with ballast.held(leg.room_gib):
+        process.answer(run(assets, Path(asked["runs"]) / f"{time.time_ns()}", leg, asked["steps"]))
 
 
 def run(assets: Assets, folder: Path, leg: Leg, timed: int) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def config_of(assets: Assets, folder: Path, leg: Leg, timed: int) -> run_config.
             "max_seq_length": leg.row,
             "load_in_4bit": False,
             "full_finetuning": leg.full,
-            "use_gradient_checkpointing": {"off": False, "on": True, "host": "unsloth"}[leg.recompute],
+            "use_gradient_checkpointing": {"off": False, "on": True, "host": "unsloth", "auto": "auto"}[leg.recompute],
         },
     }
     if not leg.full:

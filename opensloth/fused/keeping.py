@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from opensloth import memory_estimate
+from opensloth.flops import measured_peak
 from opensloth.launch import machine
 from opensloth.memory_estimate import IN_HOST, Batch, Keep, Keeping, Method
 from opensloth.model_shape import ModelShape
@@ -13,27 +18,68 @@ from opensloth.opensloth_config import LORA_TARGETS
 
 _MOMENTS_BYTES = 12
 """Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
+_MEASURED_BYTES, _MEASURED_TIMES = 1 << 26, 4
 _SHARE = 4
 """All of a node's processes together put into one part in so many of its memory what does not fit on their GPUs."""
 
 
-def roomiest(config: Any, tokens: int, free: int, *, rank: int, in_host: bool = False) -> Keeping:
+def roomiest(
+    config: Any,
+    tokens: int,
+    free: int,
+    *,
+    rank: int,
+    in_host: bool = False,
+    speeds: Callable[[], tuple[float, float] | None] = lambda: None,
+) -> Keeping:
     """The fastest choice that fits.
 
     config: the model's. tokens: of a batch. free: bytes on the device, with the model loaded and nothing else.
     rank: of its adapter; 0: every weight is trained. in_host: of the choices that keep something in host memory.
+    speeds: operations, and bytes to host memory, a second, if they are known; asked for when they matter.
     """
     shape = ModelShape.from_config(config.to_dict())
     method = Method(rank, LORA_TARGETS, shape.bits, _MOMENTS_BYTES, fused=True)
-    choices = [keep for keep in (IN_HOST if in_host else Keep) if _host_has_room(shape, method, tokens, keep)]
-    left = free - memory_estimate.to_come(shape, method)
-    return memory_estimate.roomiest(shape, method, Batch(tokens, tokens), left, choices) or Keeping(Keep.HOST_INPUTS)
+    left, batch = free - memory_estimate.to_come(shape, method), Batch(tokens, tokens)
+    if not in_host and (found := memory_estimate.roomiest(shape, method, batch, left, (Keep.ALL,))):
+        return found
+    has_room = _host_has_room(shape, method, tokens)
+    choices = IN_HOST
+    if not in_host:
+        known = speeds() if has_room else None
+        keeps_up = known is not None and memory_estimate.copies_keep_up(shape, method, *known)
+        choices = memory_estimate.order(copies_keep_up=keeps_up)
+    if not has_room:
+        choices = tuple(keep for keep in choices if keep is not Keep.HOST)
+    return memory_estimate.roomiest(shape, method, batch, left, choices) or Keeping(Keep.HOST_INPUTS)
 
 
-def _host_has_room(shape: ModelShape, method: Method, tokens: int, keep: Keep) -> bool:
-    """As far as it is known; inputs alone always have."""
-    if keep is not Keep.HOST or (usable := machine.usable_memory()) is None:
+def speeds_of(device: torch.device) -> tuple[float, float] | None:
+    """Operations of large products, and bytes to host memory, a second; None on a CPU."""
+    operations = measured_peak(device, torch.bfloat16)
+    if operations is None:
+        return None
+    here = torch.empty(_MEASURED_BYTES, dtype=torch.uint8, device=device)
+    there = torch.empty(_MEASURED_BYTES, dtype=torch.uint8, pin_memory=True)
+    there.copy_(here)
+    started = time.perf_counter()
+    for _ in range(_MEASURED_TIMES):
+        there.copy_(here)
+    torch.cuda.synchronize(device)
+    return operations, _MEASURED_TIMES * _MEASURED_BYTES / (time.perf_counter() - started)
+
+
+def _host_has_room(shape: ModelShape, method: Method, tokens: int) -> bool:
+    """For HOST, as far as it is known; inputs alone always have."""
+    if (usable := machine.usable_memory()) is None:
         return True
-    of_layer = tokens * memory_estimate.parked_bytes(shape, method, keep)
-    pinned = 1 << (of_layer - 1).bit_length()  # torch rounds up what is pinned
-    return shape.layers * pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _SHARE <= usable
+    first = 2 * shape.hidden  # of the two pieces that a layer keeps there
+    pieces = (first, memory_estimate.parked_bytes(shape, method, Keep.HOST) - first)
+    pinned = shape.layers * sum(_pinned(tokens * piece) for piece in pieces)
+    pinned += _pinned(memory_estimate.moved_table(shape, method, Keep.HOST))
+    return pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _SHARE <= usable
+
+
+def _pinned(count: int) -> int:
+    """Bytes that torch pins for so many: a power of two."""
+    return 1 << (count - 1).bit_length() if count else 0

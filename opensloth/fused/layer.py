@@ -63,7 +63,10 @@ class Attended:
 
 @dataclass
 class Expanded:
-    """What the second half keeps; hidden_border: [T, R], what down's adapter saw of its input."""
+    """What the second half keeps.
+
+    gate_up: [T, 2 I + R], whose border is room. hidden_border: [T, R], what down's adapter saw of its input.
+    """
 
     y: Tensor
     scale: Tensor
@@ -76,13 +79,18 @@ class Expanded:
 class Kept:
     """What a layer keeps, one of three.
 
-    All: `attended` and `expanded`. Its input alone: `large` is (x,), with x [T, D]. What takes long to compute again up
-    to the MLP: `large` is (x, `Attended.raw`, `Attended.attended`, y), y [T, D] too, and `lse` attention's, float32.
-    `large` may lie in host memory meanwhile, the others never do.
+    All: `attended` and `expanded`. Its input alone: `first` is (x,), with x [T, D]. What takes long to compute again up
+    to the MLP: `first` is (y,), [T, D] too, `later`, which is needed once the MLP's gradient is made, (x,
+    `Attended.raw`, `Attended.attended`), and `lse` attention's, float32. `first` and `later` may lie in host memory
+    meanwhile, the others never do. border: `Expanded.hidden_border`, which is small, and would take the MLP's hidden
+    state to make again. gate_up: `Expanded.gate_up`, if it is kept.
     """
 
-    large: tuple[Tensor, ...] = ()
+    first: tuple[Tensor, ...] = ()
+    later: tuple[Tensor, ...] = ()
+    border: Tensor | None = None
     lse: Tensor | None = None
+    gate_up: Tensor | None = None
     attended: Attended | None = None
     expanded: Expanded | None = None
 
@@ -90,10 +98,19 @@ class Kept:
 class Layer:
     """A decoder layer whose weights have been taken over into `Projection`s."""
 
-    def __init__(self, module: Any, dtype: torch.dtype, shared: Sequence[Shared], *, keep: Keep, chunk: int) -> None:
+    def __init__(
+        self,
+        module: Any,
+        dtype: torch.dtype,
+        shared: Sequence[Shared],
+        *,
+        keep: Keep,
+        keeps_mlp: bool = False,
+        chunk: int,
+    ) -> None:
         """module: transformers' layer. dtype: to compute in. shared: with all other layers, one for each projection.
 
-        chunk: tokens of an MLP that is computed again at a time.
+        keeps_mlp: its largest product too, where not all is kept. chunk: tokens of an MLP at a time there.
         """
         attention, mlp = module.self_attn, module.mlp
         groups = (
@@ -116,7 +133,7 @@ class Layer:
         if hasattr(attention, "q_norm"):
             self._head_norms = (attention.q_norm.weight, attention.k_norm.weight)
             self._head_eps = float(attention.q_norm.variance_epsilon)
-        self._keep, self._chunk = keep, chunk
+        self._keep, self._keeps_mlp, self._chunk = keep, keeps_mlp, chunk
         self._staged: dict[Projection, Staged] = {}
         self._deal_attention = self._deal_mlp = operations.Copies([])
 
@@ -149,33 +166,49 @@ class Layer:
         if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
             return z, Kept(attended=attended, expanded=expanded)
-        z = torch.empty_like(y)
-        for rows in self._parts(len(y)):
-            z[rows] = self._expand(y[rows])[0]
+        kept = Kept((x,))
         if self._keep is Keep.HOST:
-            return z, Kept((x, attended.raw, attended.attended, y), attended.lse)
-        return z, Kept((x,))
+            kept = Kept((y,), (x, attended.raw, attended.attended), lse=attended.lse)
+        del attended  # of which the rest is not needed any more
+        return self._expand_in_parts(y, kept), kept
 
-    def backward(self, dz: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
-        """dz: `room_for_gradient`, filled. dx: [T, D], is written; None when nobody needs it."""
+    def _expand_in_parts(self, y: Tensor, kept: Kept) -> Tensor:
+        """The layer's output; `kept` is given what else is kept."""
+        z, kept.border = torch.empty_like(y), self._down.room_for_border(len(y))
+        if self._keeps_mlp:
+            kept.gate_up = self._gate_up.room_for_gradient(len(y))
+        for rows in self._parts(len(y)):
+            _, expanded = self._expand(y[rows], z[rows], None if kept.gate_up is None else kept.gate_up[rows])
+            kept.border[rows] = expanded.hidden_border
+            del expanded  # before the next part's are made
+        return z
+
+    def expand_backward(self, dz: Tensor, kept: Kept, documents: Documents) -> Tensor:
+        """The way back through the MLP, which is the first half of it; uses up what is kept for it.
+
+        dz: `room_for_gradient`, filled. Returns the gradient of y, with room for a border.
+        """
         self._load()
-        if kept.attended is None or kept.expanded is None:
-            attended, dy = self._expand_backward_again(dz, kept, documents)
-        else:
-            attended, dy = kept.attended, self._out.room_for_gradient(len(dz))
-            self._expand_backward(dz, kept.expanded, dy[:, : self._out.outputs])
-            kept.expanded = None  # before the attention's gradients are made
-        self._attend_backward(dy, attended, documents, dx)
-
-    def _expand_backward_again(self, dz: Tensor, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
-        """From what is kept; the MLP part by part."""
-        attended, y = self._attend_again(kept, documents)
+        if kept.expanded is None and kept.lse is None:  # `later` may be still on its way
+            kept.attended, y = self._attend(*kept.first, documents)
         dy = self._out.room_for_gradient(len(dz))
+        if kept.expanded is not None:
+            self._expand_backward(dz, kept.expanded, dy[:, : self._out.outputs])
+            kept.expanded = None
+            return dy
+        if kept.lse is not None:
+            (y,) = kept.first
         for rows in self._parts(len(dz)):
-            expanded = self._expand_again(y[rows])
+            expanded = self._expand_again(y[rows], kept, rows)
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
             del expanded  # before the next part's are made
-        return attended, dy
+        kept.first, kept.gate_up = (), None
+        return dy
+
+    def attend_backward(self, dy: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
+        """The rest. dy: of `expand_backward`. dx: [T, D], is written; None when nobody needs it."""
+        attended = kept.attended or self._attended_again(kept, documents)
+        self._attend_backward(dy, attended, documents, dx)
 
     def _load(self) -> None:
         for projection in self.projections:
@@ -189,20 +222,19 @@ class Layer:
         if self._head_norms is None:
             operations.rotate(raw, documents.cos, documents.sin, self._turned)
         qkv, head_scale = self._norm_heads(raw, documents)
-        attended = self._out.room_for_input(len(x))
+        attended = self._out.room_for_input(len(x), dense=self._keep is Keep.HOST)  # as it is copied in one piece
         lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
         y = self._out.forward(attended, residual=x)
         return Attended(x, scale, normed, raw, head_scale, qkv, attended, lse), y
 
-    def _attend_again(self, kept: Kept, documents: Documents) -> tuple[Attended, Tensor]:
-        if kept.lse is None:
-            (x,) = kept.large
-            return self._attend(x, documents)
-        x, raw, attended, y = kept.large
+    def _attended_again(self, kept: Kept, documents: Documents) -> Attended:
+        """Of `Kept.later`."""
+        assert kept.lse is not None
+        x, raw, attended = kept.later
         normed, scale = self._normed(x)
         self._qkv.fill_border(normed)
         qkv, head_scale = self._norm_heads(raw, documents)
-        return Attended(x, scale, normed, raw, head_scale, qkv, attended, kept.lse), y
+        return Attended(x, scale, normed, raw, head_scale, qkv, attended, kept.lse)
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self._qkv.room_for_input(len(x))
@@ -245,36 +277,44 @@ class Layer:
 
     # --- MLP ----------------------------------------------------------------------------------------
 
-    def _expand(self, y: Tensor) -> tuple[Tensor, Expanded]:
-        scale, normed, gate_up = self._gate_and_up(y)
+    def _expand(self, y: Tensor, out: Tensor | None = None, gate_up: Tensor | None = None) -> tuple[Tensor, Expanded]:
+        """out, gate_up: where the output and the first product are written; None: somewhere new."""
+        normed, scale = self._normed_for_mlp(y)
+        gate_up = self._gate_and_up(normed, gate_up)
         hidden = self._down.room_for_input(len(y))
-        operations.swiglu(gate_up, hidden[:, : self._down.inputs])
-        z = self._down.forward(hidden, residual=y)
+        operations.swiglu(gate_up[:, : self._gate_up.outputs], hidden[:, : self._down.inputs])
+        z = self._down.forward(hidden, residual=y, out=out)
         return z, Expanded(y, scale, normed, gate_up, hidden[:, self._down.inputs :].clone())
 
-    def _expand_again(self, y: Tensor) -> Expanded:
-        """As `_expand` without its output, which nobody needs any more."""
-        scale, normed, gate_up = self._gate_and_up(y)
-        hidden = self._down.room_for_input(len(y))
-        operations.swiglu(gate_up, hidden[:, : self._down.inputs])
-        self._down.fill_border(hidden)
-        return Expanded(y, scale, normed, gate_up, hidden[:, self._down.inputs :].clone())
+    def _expand_again(self, y: Tensor, kept: Kept, rows: slice) -> Expanded:
+        """What `_expand` made of these rows, y, but its output, which nobody needs any more."""
+        normed, scale = self._normed_for_mlp(y)
+        if kept.gate_up is None:
+            gate_up = self._gate_and_up(normed, None)
+        else:
+            gate_up = kept.gate_up[rows]
+            self._gate_up.fill_border(normed)
+        assert kept.border is not None
+        return Expanded(y, scale, normed, gate_up, kept.border[rows])
 
-    def _gate_and_up(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gate_and_up(self, normed: Tensor, out: Tensor | None) -> Tensor:
+        """[T, 2 I + R], where the gradient will be: its border is room."""
+        gate_up = self._gate_up.room_for_gradient(len(normed)) if out is None else out
+        self._gate_up.forward(normed, out=gate_up[:, : self._gate_up.outputs])
+        return gate_up
+
+    def _normed_for_mlp(self, y: Tensor) -> tuple[Tensor, Tensor]:
         normed = self._gate_up.room_for_input(len(y))
-        scale = self._norms[1].forward(y, normed[:, : self._gate_up.inputs])
-        return scale, normed, self._gate_up.forward(normed)
+        return normed, self._norms[1].forward(y, normed[:, : self._gate_up.inputs])
 
     def _expand_backward(self, dz: Tensor, kept: Expanded, dy: Tensor) -> None:
-        dhidden = self._down.input_gradient(dz)
-        dgate_up = self._gate_up.room_for_gradient(len(dz))
-        hidden = torch.empty_like(dhidden)
-        operations.swiglu_backward(dhidden, kept.gate_up, dgate_up[:, : self._gate_up.outputs], hidden)
+        hidden, gate_up = self._down.input_gradient(dz), kept.gate_up
+        operations.swiglu_backward_(hidden, gate_up[:, : self._gate_up.outputs])
         self._down.add_gradients(dz, hidden, kept.hidden_border, self._staged[self._down])
-        dnormed = self._gate_up.input_gradient(dgate_up)
+        dnormed = self._gate_up.input_gradient(gate_up)
         width = self._gate_up.inputs
         self._gate_up.add_gradients(
-            dgate_up, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._gate_up]
+            gate_up, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._gate_up]
         )
         self._deal_mlp.run(add=True)
         self._norms[1].backward(dnormed, kept.y, kept.scale, dz[:, : self._down.outputs], dy)

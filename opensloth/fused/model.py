@@ -39,14 +39,20 @@ class FusedModel:
         self._device = self._head_weight.device
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
+        self._moves_table = keeping.keep in IN_HOST and self._device.type == "cuda" and self._may_move_table()
+        if self._moves_table:
+            self._embedding.data = self._embedding.data.cpu().pin_memory()
         chunk = chunk or mlp_part(base.config.intermediate_size, keeping.keep)
         shared: list[Shared] = [{}, {}, {}, {}]
-        keeps = [keeping.of_layer(i, len(decoder.layers)) for i in range(len(decoder.layers))]
+        count = len(decoder.layers)
+        keeps = [keeping.of_layer(i, count) for i in range(count)]
         self._layers = [
-            Layer(m, dtype, shared, keep=k, chunk=chunk) for m, k in zip(decoder.layers, keeps, strict=True)
+            Layer(module, dtype, shared, keep=keeps[i], keeps_mlp=keeping.keeps_mlp(i, count), chunk=chunk)
+            for i, module in enumerate(decoder.layers)
         ]
         self._parking = Parking(self._device, padded_tokens(full_batch, full_batch))
-        self._parked = [keep in IN_HOST for keep in keeps]
+        # What the last layer keeps is needed next.
+        self._parked = [keep in IN_HOST and i < count - 1 for i, keep in enumerate(keeps)]
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._copies = [copy for projection in self._projections for copy in projection.copies()]
@@ -70,13 +76,21 @@ class FusedModel:
         Weights are given back buffer by buffer: the model must not be there twice, and nothing else stays beside it.
         """
         projections, parameters = self._projections, self._parameters
+        moved = self._embedding if self._moves_table else None
+        device = self._device
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a graph may still be copying to host memory that is given back
         vars(self).clear()
         while projections:
             projections.pop().release()
+        if moved is not None:
+            moved.data = moved.data.to(device)
         for parameter in parameters:
             parameter.grad = None
+
+    def _may_move_table(self) -> bool:
+        """Whether host memory is as good a place for the embeddings: a batch reads few rows, and nobody writes any."""
+        return not self._embedding.requires_grad and self._embedding is not self._head_weight
 
     def begin_step(self) -> None:
         """Take note of what the optimizer did, and start all gradients at zero."""
@@ -129,25 +143,19 @@ class FusedModel:
             x, of_layer = layer.forward(x, documents)
             kept.append(of_layer)
             self._park(i, of_layer)
+        self._parking.settle()
         tokens, width = x.shape
         dx = self._layers[-1].room_for_gradient(tokens)
         loss = self._loss(x, inputs, dx[:, :width])
         del x
-        self._fetch(len(kept) - 1)
         for i in reversed(range(len(self._layers))):
-            if self._parked[i]:
-                kept[-1].large = self._parking.take(i)
-            self._fetch(i - 1)
-            before = self._room_before(i, tokens)
-            self._layers[i].backward(dx, kept.pop(), documents, None if before is None else before[:, :width])
-            if before is not None:
-                dx = before
+            dx = self._backward(i, dx, kept, documents)
         if self._embedding.requires_grad:  # by sorting, not by atomics: the same bits every time
             gradient_of(self._embedding).index_put_((inputs.ids,), dx[:, :width].float(), accumulate=True)
         return loss
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self._embedding.data[ids].to(self._head.dtype)
+        return operations.rows_of(self._embedding.data, ids).to(self._head.dtype)
 
     def _room_before(self, layer: int, tokens: int) -> Tensor | None:
         """Where the gradient of a layer's input goes; None when nobody asks for it."""
@@ -156,14 +164,30 @@ class FusedModel:
         needed = self._embedding.requires_grad or self._layers[0].needs_input_gradient
         return self._head.new_empty(tokens, self._head.shape[1]) if needed else None
 
+    def _backward(self, layer: int, dz: Tensor, kept: list[Kept], documents: Documents) -> Tensor:
+        """dz: with room for a border. kept: of this layer and those before it; this one's is taken out.
+
+        Returns the gradient of the layer's input, likewise; where nobody asks for it, that of its output. From host
+        memory comes what is needed next, no sooner than it has to.
+        """
+        tokens, of_layer = len(dz), kept.pop()
+        if self._parked[layer]:
+            of_layer.first = self._parking.take(layer, 0)
+            self._parking.fetch(layer, 1)
+        dy = self._layers[layer].expand_backward(dz, of_layer, documents)
+        if layer and self._parked[layer - 1]:
+            self._parking.fetch(layer - 1, 0)
+        if self._parked[layer]:
+            of_layer.later = self._parking.take(layer, 1)
+        before = self._room_before(layer, tokens)
+        dx = None if before is None else before[:, : self._head.shape[1]]
+        self._layers[layer].attend_backward(dy, of_layer, documents, dx)
+        return dz if before is None else before
+
     def _park(self, layer: int, kept: Kept) -> None:
         if self._parked[layer]:
-            self._parking.put(layer, kept.large)
-            kept.large = ()
-
-    def _fetch(self, layer: int) -> None:
-        if layer >= 0 and self._parked[layer]:
-            self._parking.fetch(layer)
+            self._parking.put(layer, (kept.first, kept.later))
+            kept.first = kept.later = ()
 
     def _documents(self, inputs: Inputs) -> Documents:
         cos, sin = self._rotary(inputs.positions.new_empty(0, dtype=torch.float32), inputs.positions[None])

@@ -55,6 +55,17 @@ def tiles_of(offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return np.array(rows, dtype=np.int32)
 
 
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """table[ids]; the table may lie in pinned host memory where ids are on a GPU. table: [V, D]; ids: int64 [T]."""
+    if table.device == ids.device:
+        return table[ids]
+    from opensloth.fused.kernels import embedding
+
+    out = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=ids.device)
+    embedding.rows(table, ids, out)
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """x, out: [T, D]; out is written. Returns float32 [T], one over each row's root mean square."""
     if x.is_cuda:
@@ -191,19 +202,23 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     out.copy_(F.silu(gate) * up)
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, dgate_up: Tensor, hidden: Tensor) -> None:
-    """grad: of what swiglu made, [T, I]. dgate_up [T, 2 I] and hidden [T, I], swiglu's output, are written."""
+def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """grad: of what swiglu made, [T, I], becomes what it made; gate_up, [T, 2 I], its own gradient.
+
+    In place, as these are the largest tensors that there are.
+    """
     if grad.is_cuda:
         from opensloth.fused.kernels import elementwise
 
-        elementwise.swiglu_backward(grad, gate_up, dgate_up, hidden)
+        elementwise.swiglu_backward_(grad, gate_up)
         return
     gate, up = gate_up.float().chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     dgate = grad.float() * up * (sigmoid + silu * (1 - sigmoid))
-    dgate_up.copy_(torch.cat((dgate, grad.float() * silu), dim=1))
-    hidden.copy_(silu * up)
+    hidden = silu * up  # before `up` may be overwritten
+    gate_up.copy_(torch.cat((dgate, grad.float() * silu), dim=1))
+    grad.copy_(hidden)
 
 
 def attention(qkv: Tensor, documents: Documents, heads: Heads, out: Tensor) -> Tensor:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_LEAVING = 2
+_LEAVING = 1
 """Layers whose copies may be under way; then the oldest is waited for, so that its memory can be used again."""
+
+
+Pieces = Sequence[tuple[Tensor, ...]]
+"""What one layer keeps, in the order in which its way back needs it."""
 
 
 class Parking:
@@ -18,50 +23,56 @@ class Parking:
         """tokens: for which there is room from the first batch on."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tokens = tokens
-        self._host: dict[int, list[Tensor]] = {}
-        self._leaving: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
-        self._coming: dict[int, tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._host: dict[tuple[int, int], list[Tensor]] = {}
+        self._leaving: deque[tuple[torch.cuda.Event, Pieces]] = deque()
+        self._coming: dict[tuple[int, int], tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
+        self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def put(self, layer: int, tensors: tuple[Tensor, ...]) -> None:
+    def put(self, layer: int, pieces: Pieces) -> None:
         """Copy them away; they must not be written any more."""
-        self._kept[layer] = tensors
         if self._stream is None:
+            self._kept |= {(layer, i): piece for i, piece in enumerate(pieces)}
             return
-        host = self._kept[layer] = self._places(layer, tensors)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for place, tensor in zip(host, tensors, strict=True):
-                place.copy_(tensor, non_blocking=True)
-            self._leaving.append((self._stream.record_event(), tensors))
+            for i, piece in enumerate(pieces):
+                self._kept[layer, i] = self._places((layer, i), piece)
+                for place, tensor in zip(self._kept[layer, i], piece, strict=True):
+                    place.copy_(tensor, non_blocking=True)
+            self._leaving.append((self._stream.record_event(), pieces))
         while len(self._leaving) > _LEAVING:
             self._wait_for_oldest()
 
-    def fetch(self, layer: int) -> None:
-        """Begin to bring a layer's tensors back."""
-        kept = self._kept.pop(layer)
-        if self._stream is None:
-            self._coming[layer] = kept, None
-            return
+    def settle(self) -> None:
+        """Wait until all have left: their memory can be used."""
         while self._leaving:
             self._wait_for_oldest()
+
+    def fetch(self, layer: int, piece: int) -> None:
+        """Begin to bring a piece back. All must have left."""
+        kept = self._kept.pop((layer, piece))
+        if self._stream is None:
+            self._coming[layer, piece] = kept, None
+            return
         rooms = tuple(torch.empty(host.shape, dtype=host.dtype, device=self._stream.device) for host in kept)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for room, host in zip(rooms, kept, strict=True):
                 room.copy_(host, non_blocking=True)
-            self._coming[layer] = rooms, self._stream.record_event()
+            self._coming[layer, piece] = rooms, self._stream.record_event()
 
-    def take(self, layer: int) -> tuple[Tensor, ...]:
+    def take(self, layer: int, piece: int) -> tuple[Tensor, ...]:
         """The tensors that `fetch` has brought."""
-        tensors, arrived = self._coming.pop(layer)
+        tensors, arrived = self._coming.pop((layer, piece))
         if arrived is not None:
             torch.cuda.current_stream().wait_event(arrived)
         return tensors
 
-    def _places(self, layer: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """In one piece for all batches that are not longer; an outgrown one stays, as a captured graph may use it."""
-        rooms = self._host.setdefault(layer, [])
+    def _places(self, key: tuple[int, int], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """In one block for all batches that are not longer; an outgrown one stays, as a captured graph may use it."""
+        if not tensors:
+            return ()
+        rooms = self._host.setdefault(key, [])
         needed = sum(tensor.numel() for tensor in tensors)
         if not rooms or rooms[-1].numel() < needed:
             size = needed // len(tensors[0]) * max(len(tensors[0]), self._tokens)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from opensloth.fused.operations import FourBit, add_product, dequantise
-from opensloth.memory_estimate import BORDER
+from opensloth.memory_estimate import BORDER, row
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Projection:
         self._trained: list[tuple[nn.Parameter, slice]] = []
         self._trained_biases: list[tuple[nn.Parameter, slice]] = []
         self._packed: list[tuple[FourBit, Tensor]] = []
-        row = at = 0
+        begin = at = 0
         for linear, base, rank in zip(linears, plain, ranks, strict=True):
-            rows = slice(row, row + base.out_features)
+            rows = slice(begin, begin + base.out_features)
             self._take_over(base, rows)
             if rank:
                 self._adapters.append(_adapter(linear, rows, slice(at, at + rank)))
-            row, at = rows.stop, at + rank
+            begin, at = rows.stop, at + rank
         self._with_b = self._buffer[: self.outputs]
         self._with_a = self._buffer[:, : self.inputs]
         self._a = self._buffer[self.outputs :, : self.inputs]
@@ -164,22 +164,31 @@ class Projection:
         a = torch.empty(self.rank, self.inputs, dtype=torch.float32, device=self._buffer.device)
         return Staged(a, torch.empty(self.outputs, self.rank, dtype=torch.float32, device=self._buffer.device))
 
-    def room_for_input(self, tokens: int) -> Tensor:
-        """[T, K + R], to be filled up to K."""
-        return self._buffer.new_empty(tokens, self.inputs + self.rank)
+    def room_for_input(self, tokens: int, *, dense: bool = False) -> Tensor:
+        """[T, K + R], to be filled up to K. dense: with nothing between its rows."""
+        if dense:
+            return self._buffer.new_empty(tokens, self.inputs + self.rank)
+        return self._room(tokens, self.inputs)
 
     def room_for_gradient(self, tokens: int) -> Tensor:
         """[T, N + R], to be filled up to N."""
-        return self._buffer.new_empty(tokens, self.outputs + self.rank)
+        return self._room(tokens, self.outputs)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, N] from `room_for_input`, whose border is filled; `residual` is added."""
+    def _room(self, tokens: int, width: int) -> Tensor:
+        return self._buffer.new_empty(tokens, row(width, self.rank))[:, : width + self.rank]
+
+    def room_for_border(self, tokens: int) -> Tensor:
+        """[T, R], what is beside an input."""
+        return self._buffer.new_empty(tokens, self.rank)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """[T, N] from `room_for_input`, whose border is filled; `residual` is added. out: is written, if given."""
         self.fill_border(x)
         if residual is not None:
-            return torch.addmm(residual, x, self._with_b.T)
+            return torch.addmm(residual, x, self._with_b.T, out=out)
         if self._bias is not None:
-            return torch.addmm(self._bias, x, self._with_b.T)
-        return torch.mm(x, self._with_b.T)
+            return torch.addmm(self._bias, x, self._with_b.T, out=out)
+        return torch.mm(x, self._with_b.T, out=out)
 
     def fill_border(self, x: Tensor) -> None:
         if self.rank:

@@ -27,7 +27,6 @@ from opensloth.memory_estimate import (
     GIB,
     IN_HOST,
     LOGITS_BYTES,
-    SCARCITY,
     Batch,
     Estimate,
     Keep,
@@ -99,7 +98,7 @@ def with_logits_in(parts: int, found: Estimate, size: str, targets: float, keep:
     if parts == TODAY:
         return found.peak
     whole = round(2 * qwen(size).vocabulary * targets)
-    then = min(whole, parts * GIB // SCARCITY[keep])
+    then = min(whole, parts * GIB // {Keep.INPUTS: 2, Keep.HOST: 4, Keep.HOST_INPUTS: 4}.get(keep, 1))
     return dataclasses.replace(found, loss=found.loss - min(whole, LOGITS_BYTES) + then).peak
 
 
@@ -241,16 +240,21 @@ def test_what_is_kept_is_as_much_as_fits() -> None:
         setattr(config, key, value)
     kept = [roomiest(config, 8192, gib * GIB, rank=8) for gib in (64, 20, 4, 1)]
     assert kept == [ALL_KEPT, Keeping(Keep.INPUTS, 16), Keeping(Keep.INPUTS), Keeping(Keep.HOST_INPUTS)]
+    known = 700e12, 56e9  # as an H100
+    kept = [roomiest(config, 8192, gib * GIB, rank=8, speeds=lambda: known) for gib in (64, 20, 4, 1)]
+    assert kept == [ALL_KEPT, Keeping(Keep.HOST, 27), Keeping(Keep.HOST, 3), Keeping(Keep.HOST_INPUTS)]
+    slower = 700e12, 40e9
+    assert roomiest(config, 8192, 20 * GIB, rank=8, speeds=lambda: slower) == Keeping(Keep.INPUTS, 16)
     nothing = roomiest(config, 8192, 64 * GIB, rank=0)
     assert nothing == Keeping(Keep.HOST_INPUTS), "moments of every weight do not leave room"
 
 
 def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By all processes of a node; and torch rounds up to a power of two what is pinned, here 250 MiB a layer."""
+    """By all processes of a node; and torch rounds up to powers of two what is pinned, here 56 and 183 MiB a layer."""
     config = tiny.CONFIGS["qwen2"]()
     for key, value in QWEN["7b"].items():
         setattr(config, key, value)
-    pinned = 28 * 256 << 20
+    pinned = 28 * (64 + 256) << 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for usable, keep in ((None, Keep.HOST), (8 * pinned, Keep.HOST), (8 * pinned - 1, Keep.HOST_INPUTS)):
         monkeypatch.setattr(machine, "usable_memory", lambda usable=usable: usable)

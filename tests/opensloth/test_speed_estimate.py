@@ -13,7 +13,7 @@ from opensloth.opensloth_config import LORA_TARGETS
 from opensloth.speed_estimate import SPREAD, Card, Step, tokens_per_second
 
 DOC = Path(__file__).parents[2] / "docs" / "memory.md"
-H100, H200 = Card(989e12, 3350e9), Card(989e12, 4800e9)
+H100, H200 = Card(989e12, 3350e9, 64e9), Card(989e12, 4800e9, 64e9)
 MEAN = 480
 """Tokens of a document there."""
 ONE = 16_384 / 2 / SPREAD
@@ -82,7 +82,11 @@ def test_a_lesser_card_is_slower_by_what_it_lacks() -> None:
     step = Step(Batch(8192, 8192), 1, MEAN)
     whole, half = (
         tokens_per_second(
-            SHAPES["7b"], LORA, step, Keeping(Keep.ALL), Card(share * H100.operations, share * H100.bandwidth)
+            SHAPES["7b"],
+            LORA,
+            step,
+            Keeping(Keep.ALL),
+            Card(share * H100.operations, share * H100.bandwidth, H100.link),
         )
         for share in (1.0, 0.5)
     )

@@ -155,23 +155,24 @@ def _swiglu(gate_up_ptr, out_ptr, stride_gate_up, stride_out, WIDTH: tl.constexp
 
 @triton.jit
 def _swiglu_backward(
-    grad_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr, stride_grad, stride_gate_up, stride_dgate_up, stride_hidden,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, gate_up_ptr, stride_grad, stride_gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Gradients of gate and up, and once more what they made."""
+    """In place: gradients of gate and up, and once more what they made."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = column < WIDTH
-    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * stride_gate_up + WIDTH + column, mask=ok, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row * stride_grad + column, mask=ok, other=0.0).to(tl.float32)
+    gates = gate_up_ptr + row * stride_gate_up + column
+    grads = grad_ptr + row * stride_grad + column
+    gate = tl.load(gates, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(gates + WIDTH, mask=ok, other=0.0).to(tl.float32)
+    grad = tl.load(grads, mask=ok, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     dgate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
-    dtype = dgate_up_ptr.dtype.element_ty
-    tl.store(dgate_up_ptr + row * stride_dgate_up + column, dgate.to(dtype), mask=ok)
-    tl.store(dgate_up_ptr + row * stride_dgate_up + WIDTH + column, (grad * silu).to(dtype), mask=ok)
-    tl.store(hidden_ptr + row * stride_hidden + column, (silu * up).to(dtype), mask=ok)
+    dtype = gate_up_ptr.dtype.element_ty
+    tl.store(gates, dgate.to(dtype), mask=ok)
+    tl.store(gates + WIDTH, (grad * silu).to(dtype), mask=ok)
+    tl.store(grads, (silu * up).to(dtype), mask=ok)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor) -> None:
@@ -251,13 +252,12 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     )
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, dgate_up: Tensor, hidden: Tensor) -> None:
-    """grad: of what swiglu made, [T, I]. dgate_up [T, 2 I] and hidden [T, I], swiglu's output, are written."""
+def swiglu_backward_(grad: Tensor, gate_up: Tensor) -> None:
+    """grad: of what swiglu made, [T, I], becomes what it made. gate_up: [T, 2 I], becomes its gradient."""
     width = grad.shape[1]
     _swiglu_backward[(grad.shape[0], triton.cdiv(width, _WIDE))](
-        grad, gate_up, dgate_up, hidden, grad.stride(0), gate_up.stride(0), dgate_up.stride(0), hidden.stride(0),
-        WIDTH=width, BLOCK=_WIDE, num_warps=4,
-    )  # fmt: skip
+        grad, gate_up, grad.stride(0), gate_up.stride(0), WIDTH=width, BLOCK=_WIDE, num_warps=4
+    )
 
 
 def _warps(width: int) -> int:

@@ -76,7 +76,7 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     import numpy as np
     import torch
 
-    from opensloth.fused.kernels import attention, elementwise
+    from opensloth.fused.kernels import attention, elementwise, embedding
     from opensloth.fused.operations import Heads, tiles_of
     from opensloth.memory_estimate import BORDER
 
@@ -90,6 +90,7 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     lse, scale = torch.empty(query, tokens), torch.empty(tokens)
     attention.forward(qkv, tiles, heads, bordered, lse)
     attention.backward(x, qkv, bordered, lse, tiles, heads, dqkv)
+    embedding.rows(matrix(width), torch.empty(tokens, dtype=torch.int64), matrix(width))
     elementwise.rms_norm(x, weight, 1e-6, bordered, scale)
     elementwise.rms_norm_backward(x, x, weight, scale, bordered, x)
     elementwise.norm_gradient(x, x, scale)
@@ -99,8 +100,8 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     head_scale = torch.empty(tokens, query + key_value)
     elementwise.norm_rotate(qkv, of_heads, 1e-6, turns, turns, query, qkv, head_scale)
     elementwise.norm_rotate_backward(dqkv, qkv, of_heads, turns, turns, query, head_scale)
-    elementwise.swiglu(matrix(2 * inner), matrix(inner, BORDER))
-    elementwise.swiglu_backward(matrix(inner), matrix(2 * inner), matrix(2 * inner, BORDER), matrix(inner))
+    elementwise.swiglu(matrix(2 * inner, BORDER), matrix(inner, BORDER))
+    elementwise.swiglu_backward_(matrix(inner), matrix(2 * inner, BORDER))
 
 
 def _launch_rest() -> None:
