@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +44,13 @@ def roomiest(
     if not in_host and (found := memory_estimate.roomiest(shape, method, batch, left, (Keep.ALL,))):
         return found
     has_room = _host_has_room(shape, method, tokens)
-    choices = IN_HOST
+    choices: Sequence[Keep] = IN_HOST
     if not in_host:
         known = speeds() if has_room else None
         keeps_up = known is not None and memory_estimate.copies_keep_up(shape, method, *known)
         choices = memory_estimate.order(copies_keep_up=keeps_up)
     if not has_room:
-        choices = tuple(keep for keep in choices if keep is not Keep.HOST)
+        choices = [keep for keep in choices if keep is not Keep.HOST]
     return memory_estimate.roomiest(shape, method, batch, left, choices) or Keeping(Keep.HOST_INPUTS)
 
 

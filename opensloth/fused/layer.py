@@ -189,21 +189,26 @@ class Layer:
         dz: `room_for_gradient`, filled. Returns the gradient of y, with room for a border.
         """
         self._load()
-        if kept.expanded is None and kept.lse is None:  # `later` may be still on its way
-            kept.attended, y = self._attend(*kept.first, documents)
         dy = self._out.room_for_gradient(len(dz))
         if kept.expanded is not None:
             self._expand_backward(dz, kept.expanded, dy[:, : self._out.outputs])
             kept.expanded = None
             return dy
-        if kept.lse is not None:
-            (y,) = kept.first
+        y = self._before_mlp(kept, documents)
         for rows in self._parts(len(dz)):
             expanded = self._expand_again(y[rows], kept, rows)
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
             del expanded  # before the next part's are made
         kept.first, kept.gate_up = (), None
         return dy
+
+    def _before_mlp(self, kept: Kept, documents: Documents) -> Tensor:
+        """y; of a layer that keeps its input alone made again, and with it all that attention keeps."""
+        (first,) = kept.first
+        if kept.lse is not None:  # `later` may be still on its way
+            return first
+        kept.attended, y = self._attend(first, documents)
+        return y
 
     def attend_backward(self, dy: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """The rest. dy: of `expand_backward`. dx: [T, D], is written; None when nobody needs it."""

@@ -46,10 +46,12 @@ class FusedModel:
         shared: list[Shared] = [{}, {}, {}, {}]
         count = len(decoder.layers)
         keeps = [keeping.of_layer(i, count) for i in range(count)]
-        self._layers = [
-            Layer(module, dtype, shared, keep=keeps[i], keeps_mlp=keeping.keeps_mlp(i, count), chunk=chunk)
-            for i, module in enumerate(decoder.layers)
-        ]
+        self._layers: list[Layer] = []
+        for i, module in enumerate(decoder.layers):
+            _give_back_cached(self._device)
+            keeps_mlp = keeping.keeps_mlp(i, count)
+            self._layers.append(Layer(module, dtype, shared, keep=keeps[i], keeps_mlp=keeps_mlp, chunk=chunk))
+        _give_back_cached(self._device)
         self._parking = Parking(self._device, padded_tokens(full_batch, full_batch))
         # What the last layer keeps is needed next.
         self._parked = [keep in IN_HOST and i < count - 1 for i, keep in enumerate(keeps)]
@@ -82,7 +84,9 @@ class FusedModel:
             torch.cuda.synchronize(self._device)  # a graph may still be copying to host memory that is given back
         vars(self).clear()
         while projections:
+            _give_back_cached(device)
             projections.pop().release()
+        _give_back_cached(device)
         if moved is not None:
             moved.data = moved.data.to(device)
         for parameter in parameters:
@@ -218,3 +222,12 @@ class FusedModel:
             dx.zero_()
             dx[inputs.predictors] = dchosen
         return total
+
+
+def _give_back_cached(device: torch.device) -> None:
+    """Before weights move: small ones would be cut from the blocks of large ones that have moved.
+
+    What is left of such blocks is of use to nobody: 2 GiB at 7B.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Rows of a table that may lie in host memory, where the GPU reads it itself: pinned memory has one address for both."""
+"""Rows of a table that may lie in host memory: the GPU reads them itself, pinned memory has one address for both."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 from keepings import ALL_KEPT, every_keeping
 from measured import at_most
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
 from opensloth import attention, engine
 from opensloth.arithmetic import BatchShape
@@ -32,7 +32,7 @@ from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
 from opensloth.memory_estimate import IN_HOST, Keep, Keeping, Method, parked_bytes
-from opensloth.model import attach_adapter, base_of, trainable_parameters
+from opensloth.model import attach_adapter, base_of, load_model, trainable_parameters
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, FastModelArgs, LoraArgs, OpenSlothConfig
 from opensloth.step import Objective, accumulate_gradients
@@ -135,6 +135,20 @@ def agreeing(model: Any, keeping: Keeping, claim: str) -> FusedModel:
     at_most(f"the fast path's gradient is autograd's{claim}", distance(gradients(model), expected), BOUND)
     assert fused.loss_sum(batch).item() == found
     return fused
+
+
+def test_no_block_as_large_as_the_model_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the weights that the fast path moves could not give back their parts."""
+    asked: list[Any] = []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *given: asked.append(given))
+    tiny.make_model("llama").save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert len(asked) == 1, "transformers asks by another name"
+    args = FastModelArgs(model_name=str(tmp_path), load_in_4bit=False)
+    load_model(OpenSlothConfig(data_cache_path="-", fast_model_args=args), ALONE.device, bf16=False)
+    assert len(asked) == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert len(asked) == 2, "others load as before"
 
 
 KINDS = pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2", ALL), ("qwen3", ALL)])
