@@ -30,9 +30,10 @@ _HALF, _FLOAT = 2, 4
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: itself, an 8-bit scale of 64, a 32-bit scale of 256 of those."""
 BORDER = 16
-"""An adapter's rank in the border of a weight is rounded up to a multiple of it, and so is every row's stride: matrix
-products ask for 8, and Triton reads and writes widely by 16."""
+"""An adapter's rank in the border of a weight is rounded up to a multiple of it, and so is every stride of the weight:
+matrix products ask for 8, and Triton reads and writes widely by 16."""
 _ALIGNED = 128
+"""Elements: rows of activations that have a border begin at a multiple of it."""
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The fast path makes each one product."""
 
@@ -150,7 +151,7 @@ def estimate(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) 
     else:
         kept, loss, layer = _autograd_working(shape, method, batch, keeping.keep)
     trained = trained_parameters(shape, method) * (2 * _FLOAT + method.moments)
-    weights = _frozen(shape, method) + added_weights(shape, method) - moved_table(shape, method, keeping.keep)
+    weights = _frozen(shape, method) + added_weights(shape, method) - offloaded_embeddings(shape, method, keeping.keep)
     return Estimate(int(weights), int(trained), int(kept), int(loss), int(layer), _OTHER_BYTES)
 
 
@@ -164,10 +165,11 @@ def roomiest(
     free: bytes of the device when all weights, gradients and moments have their places there.
     """
     for keep in choices:
-        limit = _USABLE * (free + moved_table(shape, method, keep))
+        limit = _USABLE * (free + offloaded_embeddings(shape, method, keep))
         if Keep.ALL not in choices:  # no more than it takes anyway
             limit = min(limit, estimate(shape, method, batch, Keeping(keep)).working)
-        for whole in range(shape.layers - 1 if method.fused and keep is not Keep.ALL else 0, -1, -1):
+        mixed = method.fused and (keep in IN_HOST or (keep is Keep.INPUTS and Keep.ALL in choices))
+        for whole in range(shape.layers - 1 if mixed else 0, -1, -1):
             keeping = Keeping(keep, whole)
             if estimate(shape, method, batch, keeping).working <= limit:
                 return keeping
@@ -208,7 +210,7 @@ def mlp_part(intermediate: int, keep: Keep) -> int:
     return max(1024, room // (_HALF * 3 * intermediate) // 1024 * 1024)
 
 
-def row(width: int, border: int) -> int:
+def row_stride(width: int, border: int) -> int:
     """Elements from one row of activations to the next, with room for an adapter's border.
 
     On an H100 SwiGLU's gradient takes 9 % longer where rows begin at a multiple of 16 elements, and large products 2 %.
@@ -235,7 +237,7 @@ def _frozen(shape: ModelShape, method: Method) -> float:
     return size * shape.linear + max(_HALF, method.bits // 8) * (shape.parameters - shape.linear)
 
 
-def moved_table(shape: ModelShape, method: Method, keep: Keep) -> int:
+def offloaded_embeddings(shape: ModelShape, method: Method, keep: Keep) -> int:
     """Bytes of the embeddings, if they lie in host memory."""
     if keep not in IN_HOST or not method.fused or method.is_full or shape.tied:
         return 0
@@ -269,7 +271,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
     width, tokens, whole = shape.hidden, batch.tokens, keeping.whole_of(shape.layers)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
     if keeping.keep is Keep.HOST:
-        of_mlp = _HALF * row(2 * shape.intermediate, _ranks(method)[2])
+        of_mlp = _HALF * row_stride(2 * shape.intermediate, _ranks(method)[2])
         of_whole, work_of_whole = of_other + of_mlp * tokens, work_of_other - of_mlp * _part(shape, batch, Keep.HOST)
     else:
         of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
@@ -295,8 +297,11 @@ def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) ->
     qkv_border, out_border, up_border, down_border = _ranks(method)
     turned = 2 if shape.head_norms else 1  # qkv before and after its heads are normed
     scales = _FLOAT * (2 + shape.heads + turned // 2 * (shape.heads + shape.key_value_heads))
-    attended = _HALF * (row(width, qkv_border) + turned * shape.qkv + row(shape.attended, out_border) + width) + scales
-    expanded = _HALF * (row(width, up_border) + row(2 * inner, up_border))
+    attended = (
+        _HALF * (row_stride(width, qkv_border) + turned * shape.qkv + row_stride(shape.attended, out_border) + width)
+        + scales
+    )
+    expanded = _HALF * (row_stride(width, up_border) + row_stride(2 * inner, up_border))
     of_input, of_border = _HALF * width, _HALF * down_border
     kept = {
         Keep.ALL: of_input + attended + expanded + of_border,
@@ -309,11 +314,16 @@ def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) ->
     again = attended * tokens if keep in (Keep.INPUTS, Keep.HOST_INPUTS) else 0
     mlp = again_mlp + _HALF * (inner + width) * part
     attention = _HALF * (shape.attended + shape.qkv + width) * tokens
-    if keep is Keep.HOST:
-        attention += _HALF * width * tokens  # the input, normed again
-    work = _HALF * (width + row(width, down_border) + row(width, out_border)) * tokens + again + max(mlp, attention)
+    if keep is Keep.HOST:  # the input normed again, and the heads
+        attention += _HALF * (width + (turned - 1) * shape.qkv) * tokens
+    work = (
+        _HALF * (width + row_stride(width, down_border) + row_stride(width, out_border)) * tokens
+        + again
+        + max(mlp, attention)
+    )
     if keep is Keep.HOST:  # on the way there, while what the layer before it kept is leaving
-        work = max(work, parked_bytes(shape, method, keep) * tokens + again_mlp + _HALF * (inner + width) * part)
+        leaving = parked_bytes(shape, method, keep) + _HALF * width
+        work = max(work, leaving * tokens + again_mlp + _HALF * inner * part)
     return kept * tokens, work
 
 

@@ -108,8 +108,10 @@ def assemble(
         raise DataError("there is nothing to train on", "the dataset has no document that fits max_seq_length")
     trainer = SftTrainer(model, tokenizer, train_rows, eval_rows, config, world=world, place=place, events=events)
     if packed:
-        _check_packing(trainer, train_rows, config, world, events)
-        trainer.objective.release()
+        try:
+            _check_packing(trainer, train_rows, config, world, events)
+        finally:  # a caller may go on with the model
+            trainer.objective.release()
     plan = trainer.plan
     events.emit(
         "plan",

@@ -32,7 +32,7 @@ def roomiest(
     in_host: bool = False,
     speeds: Callable[[], tuple[float, float] | None] = lambda: None,
 ) -> Keeping:
-    """The fastest choice that fits.
+    """The first choice that fits, the fastest ones come first.
 
     config: the model's. tokens: of a batch. free: bytes on the device, with the model loaded and nothing else.
     rank: of its adapter; 0: every weight is trained. in_host: of the choices that keep something in host memory.
@@ -43,7 +43,7 @@ def roomiest(
     left, batch = free - memory_estimate.to_come(shape, method), Batch(tokens, tokens)
     if not in_host and (found := memory_estimate.roomiest(shape, method, batch, left, (Keep.ALL,))):
         return found
-    has_room = _host_has_room(shape, method, tokens)
+    has_room = host_has_room(*_in_host(shape, method, tokens))
     choices: Sequence[Keep] = IN_HOST
     if not in_host:
         known = speeds() if has_room else None
@@ -69,17 +69,17 @@ def speeds_of(device: torch.device) -> tuple[float, float] | None:
     return operations, _MEASURED_TIMES * _MEASURED_BYTES / (time.perf_counter() - started)
 
 
-def _host_has_room(shape: ModelShape, method: Method, tokens: int) -> bool:
-    """For HOST, as far as it is known; inputs alone always have."""
-    if (usable := machine.usable_memory()) is None:
-        return True
+def _in_host(shape: ModelShape, method: Method, tokens: int) -> list[int]:
+    """Bytes of each block that HOST asks host memory for."""
     first = 2 * shape.hidden  # of the two pieces that a layer keeps there
     pieces = (first, memory_estimate.parked_bytes(shape, method, Keep.HOST) - first)
-    pinned = shape.layers * sum(_pinned(tokens * piece) for piece in pieces)
-    pinned += _pinned(memory_estimate.moved_table(shape, method, Keep.HOST))
+    embeddings = memory_estimate.offloaded_embeddings(shape, method, Keep.HOST)
+    return [tokens * piece for piece in pieces] * shape.layers + [embeddings]
+
+
+def host_has_room(*blocks: int) -> bool:
+    """For pinned blocks of so many bytes in every process of this node, as far as it is known."""
+    if (usable := machine.usable_memory()) is None:
+        return True
+    pinned = sum(1 << (block - 1).bit_length() for block in blocks if block)  # torch rounds them up
     return pinned * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _SHARE <= usable
-
-
-def _pinned(count: int) -> int:
-    """Bytes that torch pins for so many: a power of two."""
-    return 1 << (count - 1).bit_length() if count else 0

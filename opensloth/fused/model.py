@@ -12,6 +12,7 @@ from opensloth.data.batch import Batch
 from opensloth.fused import operations
 from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of, padded_tokens
+from opensloth.fused.keeping import host_has_room
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.operations import Documents
 from opensloth.fused.parking import Parking
@@ -39,9 +40,6 @@ class FusedModel:
         self._device = self._head_weight.device
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
-        self._moves_table = keeping.keep in IN_HOST and self._device.type == "cuda" and self._may_move_table()
-        if self._moves_table:
-            self._embedding.data = self._embedding.data.cpu().pin_memory()
         chunk = chunk or mlp_part(base.config.intermediate_size, keeping.keep)
         shared: list[Shared] = [{}, {}, {}, {}]
         count = len(decoder.layers)
@@ -71,6 +69,10 @@ class FusedModel:
         for layer in self._layers:
             layer.use_staging([rooms[projection.shape] for projection in layer.projections])
         self._graphs = Graphs(self._device)
+        self._offloads_embedding = keeping.keep in IN_HOST and self._may_offload_embedding(dtype)
+        if self._offloads_embedding:  # at the end: before, an error would leave it there
+            here = self._embedding.data
+            self._embedding.data = torch.empty(here.shape, dtype=here.dtype, pin_memory=True).copy_(here)
 
     def release(self) -> None:
         """Leave the transformers model as it was found, trained; this object must not be used any more.
@@ -78,7 +80,7 @@ class FusedModel:
         Weights are given back buffer by buffer: the model must not be there twice, and nothing else stays beside it.
         """
         projections, parameters = self._projections, self._parameters
-        moved = self._embedding if self._moves_table else None
+        offloaded = self._embedding if self._offloads_embedding else None
         device = self._device
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a graph may still be copying to host memory that is given back
@@ -87,14 +89,19 @@ class FusedModel:
             _give_back_cached(device)
             projections.pop().release()
         _give_back_cached(device)
-        if moved is not None:
-            moved.data = moved.data.to(device)
+        if offloaded is not None:
+            offloaded.data = offloaded.data.to(device)
         for parameter in parameters:
             parameter.grad = None
 
-    def _may_move_table(self) -> bool:
-        """Whether host memory is as good a place for the embeddings: a batch reads few rows, and nobody writes any."""
-        return not self._embedding.requires_grad and self._embedding is not self._head_weight
+    def _may_offload_embedding(self, dtype: torch.dtype) -> bool:
+        """Whether host memory is as good a place: a batch reads few rows, and nobody writes any.
+
+        A trained weight may be frozen for a while, and must stay where the optimizer finds it; its type is another.
+        """
+        weight = self._embedding
+        frozen = not weight.requires_grad and weight.dtype == dtype and weight is not self._head_weight
+        return self._device.type == "cuda" and frozen and host_has_room(weight.nbytes)
 
     def begin_step(self) -> None:
         """Take note of what the optimizer did, and start all gradients at zero."""
@@ -147,6 +154,7 @@ class FusedModel:
             x, of_layer = layer.forward(x, documents)
             kept.append(of_layer)
             self._park(i, of_layer)
+        del of_layer  # else the last one's is kept to the end
         self._parking.settle()
         tokens, width = x.shape
         dx = self._layers[-1].room_for_gradient(tokens)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from opensloth.fused.operations import FourBit, add_product, dequantise
-from opensloth.memory_estimate import BORDER, row
+from opensloth.memory_estimate import BORDER, row_stride
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Projection:
         return self._room(tokens, self.outputs)
 
     def _room(self, tokens: int, width: int) -> Tensor:
-        return self._buffer.new_empty(tokens, row(width, self.rank))[:, : width + self.rank]
+        return self._buffer.new_empty(tokens, row_stride(width, self.rank))[:, : width + self.rank]
 
     def room_for_border(self, tokens: int) -> Tensor:
         """[T, R], what is beside an input."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from opensloth.data.batch import Batch
 from opensloth.fused.graphs import MOST
 from opensloth.fused.inputs import inputs_of
 from opensloth.fused.model import FusedModel
-from opensloth.memory_estimate import Keep, Keeping
+from opensloth.memory_estimate import IN_HOST, Keep, Keeping
 from opensloth.model import base_of, trainable_parameters
 
 pytestmark = NEEDS_GPU
@@ -76,10 +78,12 @@ def forget_kernels() -> None:
     """This process has none of them any more, as if no test had been before."""
     from triton.runtime import JITFunction
 
-    from opensloth.fused.kernels import attention, copy_table, cross_entropy, dequantise, eight_bit_adamw, elementwise
+    from opensloth.fused import kernels
 
-    for module in (attention, copy_table, cross_entropy, dequantise, eight_bit_adamw, elementwise):
-        for kernel in vars(module).values():
+    names = [f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)]
+    assert names
+    for name in names:
+        for kernel in vars(importlib.import_module(name)).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
 
@@ -161,6 +165,18 @@ def test_a_longer_batch_takes_the_place_of_shorter_ones(tmp_path: Path) -> None:
         del training
         torch.cuda.empty_cache()
     at_most("memory of ever longer batches beside that of the longest alone", reserved[1] / reserved[0], 1.1)
+
+
+@pytest.mark.parametrize("keep", IN_HOST)
+def test_embeddings_come_back_from_host_memory(keep: Keep, tmp_path: Path) -> None:
+    training = Training("llama", shapes.ADAPTER, tmp_path, Keeping(keep))
+    weight = base_of(training.model).model.embed_tokens.weight
+    assert weight.device.type == "cpu"
+    before = weight.detach().clone()
+    training.step(packing.packed(shapes.documents((100, 50))))
+    training.fused.release()
+    assert weight.is_cuda == CUDA
+    assert torch.equal(weight.cpu(), before)
 
 
 def test_the_weights_are_given_back_without_a_second_model(tmp_path: Path) -> None:

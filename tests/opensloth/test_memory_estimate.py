@@ -32,7 +32,7 @@ from opensloth.memory_estimate import (
     Method,
     added_weights,
     estimate,
-    moved_table,
+    offloaded_embeddings,
     to_come,
     trained_parameters,
 )
@@ -90,11 +90,11 @@ WITH_MLPS = [(1, 16.1, True), (5, 18.4, True), (6, 19.0, True), (2, 15.7, False)
 
 
 @pytest.mark.parametrize(("title", "size", "method", "tokens", "targets", "keep", "gib"), MEASURED)
-def test_within_ten_percent_of_what_was_measured(
+def test_what_was_measured_is_what_is_predicted(
     title: str, size: str, method: Method, tokens: int, targets: float, keep: Keep, gib: float
 ) -> None:
     found = estimate(qwen(size), method, Batch(tokens, round(tokens * targets)), Keeping(keep)).peak / GIB
-    assert found == pytest.approx(gib, rel=0.1)
+    assert found == pytest.approx(gib, abs=0.25)  # far less than a tenth of what is not weights
     row = f"| {title} | {keep.value} | {gib} | {found:.1f} |"
     assert row in DOC.read_text(), f"docs/memory.md lacks\n{row}"
 
@@ -102,7 +102,7 @@ def test_within_ten_percent_of_what_was_measured(
 @pytest.mark.parametrize(("whole", "gib", "with_table"), WITH_MLPS)
 def test_mlps_that_stay(whole: int, gib: float, with_table: bool) -> None:
     found = estimate(qwen("7b"), LORA, Batch(8192, 8192), Keeping(Keep.HOST, whole)).peak
-    table = moved_table(qwen("7b"), LORA, Keep.HOST) if with_table else 0
+    table = offloaded_embeddings(qwen("7b"), LORA, Keep.HOST) if with_table else 0
     assert (found + table) / GIB == pytest.approx(gib, rel=0.02)
 
 

@@ -31,6 +31,7 @@ from opensloth.fused.objective import FusedObjective
 from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
+from opensloth.launch import machine
 from opensloth.memory_estimate import IN_HOST, Keep, Keeping, Method, parked_bytes
 from opensloth.model import attach_adapter, base_of, load_model, trainable_parameters
 from opensloth.model_shape import ModelShape
@@ -198,6 +199,28 @@ def test_a_place_in_host_memory_serves_all_batches_that_are_not_longer() -> None
     assert [len(blocks), blocks[0].data_ptr()] == [2, before], "a graph may still use the first"
     for other in ((0, 0), (1, 1)):
         assert parking._places(other, longest)[0].data_ptr() not in [block.data_ptr() for block in blocks]
+
+
+def test_embeddings_may_lie_in_host_memory_where_nobody_trains_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody ever does: the check before the first step freezes trained weights for a while."""
+    adapted, tied, whole = model_of("llama"), whole_model("qwen2").requires_grad_(False), whole_model("llama")
+    frozen_for_a_while = whole_model("llama").requires_grad_(False)
+    found = []
+    for model, computing in (
+        (adapted, torch.float32),
+        (tied, torch.float32),
+        (whole, torch.float32),
+        (frozen_for_a_while, torch.bfloat16),
+    ):
+        fused = FusedModel(base_of(model), keeping=Keeping(Keep.HOST_INPUTS))
+        assert not fused._offloads_embedding, "on a CPU there is nowhere else to lie"
+        fused._device = torch.device("cuda")
+        found.append(fused._may_offload_embedding(computing))
+    assert found == [True, False, False, False]
+    fused = FusedModel(base_of(adapted), keeping=Keeping(Keep.HOST_INPUTS))
+    fused._device = torch.device("cuda")
+    monkeypatch.setattr(machine, "usable_memory", lambda: 4)
+    assert not fused._may_offload_embedding(torch.float32)
 
 
 @every_keeping
