@@ -160,7 +160,7 @@ class Layer:
         return self._down.room_for_gradient(tokens)
 
     def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Kept]:
-        """x: [T, D]. Returns the output and what `backward` needs."""
+        """x: [T, D]. Returns the output and what its way back needs."""
         self._load()
         attended, y = self._attend(x, documents)
         if self._keep is Keep.ALL:
