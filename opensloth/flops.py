@@ -8,6 +8,7 @@ Recomputing counts for nothing: it is a means, not the work.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,9 @@ def _squares(batch: Batch) -> float:
     return float(lengths.double().pow(2).sum())
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second of large matrix products on this very device; None on a CPU. Takes some milliseconds."""
+    """Operations a second of large matrix products on this very device; None on a CPU. Takes some milliseconds once."""
     if device.type != "cuda":
         return None
     one, other = (torch.randn(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))

@@ -176,14 +176,6 @@ def roomiest(
     return None
 
 
-def copies_keep_up(shape: ModelShape, method: Method, operations: float, link: float) -> bool:
-    """Whether what HOST puts into host memory has left before the next layer is made: then it costs next to no time.
-
-    operations: that matrix products reach, a second. link: bytes a second to host memory.
-    """
-    return parked_bytes(shape, method, Keep.HOST) / link <= 2 * shape.layer_linear / operations
-
-
 def order(*, copies_keep_up: bool) -> tuple[Keep, ...]:
     """Ways to keep, the fastest that are left when the one before does not fit."""
     return (Keep.ALL, *IN_HOST) if copies_keep_up else tuple(Keep)

@@ -34,7 +34,7 @@ def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> 
     """
     args = config.fast_model_args
     dtype = torch.bfloat16 if bf16 and not args.full_finetuning else torch.float32
-    with _explained(args), weights_apart():
+    with _explained(args), _weights_apart():
         base = AutoModelForCausalLM.from_pretrained(
             args.model_name,
             revision=args.revision or "main",
@@ -51,7 +51,7 @@ def load_model(config: OpenSlothConfig, device: torch.device, *, bf16: bool) -> 
 
 
 @contextlib.contextmanager
-def weights_apart() -> Iterator[None]:
+def _weights_apart() -> Iterator[None]:
     """While models are loaded: every large weight gets GPU memory of its own, and can give it back alone.
 
     transformers asks for one block as large as the model first, which saves some hundred calls of the driver. But of

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensloth import memory_estimate
-from opensloth.memory_estimate import Batch, Keep, Keeping, Method, trained_parameters
+from opensloth.memory_estimate import Batch, Keep, Keeping, Method, parked_bytes, trained_parameters
 from opensloth.model_shape import ModelShape
 
 _PRODUCTS, _ATTENTION = 0.66, 0.285
@@ -36,6 +35,11 @@ class Card:
     bandwidth: float
     link: float
 
+    @property
+    def reached(self) -> tuple[float, float]:
+        """Operations of large products, and bytes to host memory, a second."""
+        return _PRODUCTS * self.operations, _LINK * self.link
+
 
 @dataclass(frozen=True)
 class Step:
@@ -46,9 +50,12 @@ class Step:
     document: float
 
 
-def copies_keep_up(shape: ModelShape, method: Method, card: Card) -> bool:
-    """As `memory_estimate.copies_keep_up`, which the run asks with what it measures."""
-    return memory_estimate.copies_keep_up(shape, method, _PRODUCTS * card.operations, _LINK * card.link)
+def copies_keep_up(shape: ModelShape, method: Method, operations: float, link: float) -> bool:
+    """Whether what HOST puts into host memory has left before the next layer is made: then it costs next to no time.
+
+    operations: that large products reach, a second. link: bytes a second to host memory.
+    """
+    return parked_bytes(shape, method, Keep.HOST) / link <= 2 * shape.layer_linear / operations
 
 
 def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Keeping, card: Card) -> float:

@@ -299,7 +299,7 @@ def _every_keep(shape: ModelShape, method: Method, gpu: Gpu) -> tuple[Keep, ...]
     if not method.fused:
         return _BY_PLAIN_TORCH
     card = gpu.product.card if gpu.product else None
-    return order(copies_keep_up=card is not None and copies_keep_up(shape, method, card))
+    return order(copies_keep_up=card is not None and copies_keep_up(shape, method, *card.reached))
 
 
 def _keeps(config: RunConfig, shape: ModelShape, method: Method, gpu: Gpu) -> tuple[Keep, ...]:

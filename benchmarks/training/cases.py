@@ -41,6 +41,7 @@ _BIG: dict[str, Any] = {"shape": "7b", "rows": 2}
 _TINY: dict[str, Any] = {"shape": "tiny", "rows": 1, "row": 3072}
 """As long as the gate's documents together."""
 _UNSLOTH_7B = _legs("unsloth", **_BIG, recompute="on")
+
 CASES = {
     "0.5b": Case(
         title="0.5B, 2 rows",

@@ -15,12 +15,11 @@ PACKAGES = {OSLO: [], "trl": ["trl"], "trl+liger": ["trl", "liger_kernel"], "uns
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """program: with its attention after a slash. row: tokens of one packed row. recompute: off, on, host (on, and what
-    is kept lies in host memory) or auto (as there is memory for; these two oslo only). room_gib: as much of the GPU's
-    memory is free for it; None: all. length: tokens of every document; None: log-normal. target_share: of
-    a document's tokens, its last ones. full: every weight is trained. within: one evaluation and one checkpoint within
-    the timed steps. start: ends after its first step, which is all that is timed. compiled: by `torch_compile`.
-    eight_bit: AdamW keeps its moments in 8 bits (oslo only).
+    """program: with its attention after a slash. row: tokens of one packed row. recompute: off, on, or auto (as there
+    is memory for: oslo only). room_gib: as much of the GPU's memory is free for it (oslo only); None: all. length:
+    tokens of every document; None: log-normal. target_share: of a document's tokens, its last ones. full: every weight
+    is trained. within: one evaluation and one checkpoint within the timed steps. start: ends after its first step,
+    which is all that is timed. compiled: by `torch_compile`. eight_bit: AdamW keeps its moments in 8 bits (oslo only).
     """
 
     program: str

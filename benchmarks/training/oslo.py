@@ -98,7 +98,7 @@ def config_of(assets: Assets, folder: Path, leg: Leg, timed: int) -> run_config.
             "max_seq_length": leg.row,
             "load_in_4bit": False,
             "full_finetuning": leg.full,
-            "use_gradient_checkpointing": {"off": False, "on": True, "host": "unsloth", "auto": "auto"}[leg.recompute],
+            "use_gradient_checkpointing": {"off": False, "on": True, "auto": "auto"}[leg.recompute],
         },
     }
     if not leg.full:

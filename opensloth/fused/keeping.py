@@ -15,6 +15,7 @@ from opensloth.launch import machine
 from opensloth.memory_estimate import IN_HOST, Batch, Keep, Keeping, Method
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS
+from opensloth.speed_estimate import copies_keep_up
 
 _MOMENTS_BYTES = 12
 """Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
@@ -47,7 +48,7 @@ def roomiest(
     choices: Sequence[Keep] = IN_HOST
     if not in_host:
         known = speeds() if has_room else None
-        keeps_up = known is not None and memory_estimate.copies_keep_up(shape, method, *known)
+        keeps_up = known is not None and copies_keep_up(shape, method, *known)
         choices = memory_estimate.order(copies_keep_up=keeps_up)
     if not has_room:
         choices = [keep for keep in choices if keep is not Keep.HOST]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-_LEAVING = 1
-"""Layers whose copies may be under way; then the oldest is waited for, so that its memory can be used again."""
-
 
 Pieces = Sequence[tuple[Tensor, ...]]
 """What one layer keeps, in the order in which its way back needs it."""
@@ -24,12 +19,15 @@ class Parking:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tokens = tokens
         self._host: dict[tuple[int, int], list[Tensor]] = {}
-        self._leaving: deque[tuple[torch.cuda.Event, Pieces]] = deque()
+        self._leaving: tuple[torch.cuda.Event, Pieces] | None = None
         self._coming: dict[tuple[int, int], tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
         self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def put(self, layer: int, pieces: Pieces) -> None:
-        """Copy them away; they must not be written any more."""
+        """Copy them away; they must not be written any more.
+
+        The layer's before are waited for, so that their memory can be used again.
+        """
         if self._stream is None:
             self._kept |= {(layer, i): piece for i, piece in enumerate(pieces)}
             return
@@ -39,14 +37,15 @@ class Parking:
                 self._kept[layer, i] = self._places((layer, i), piece)
                 for place, tensor in zip(self._kept[layer, i], piece, strict=True):
                     place.copy_(tensor, non_blocking=True)
-            self._leaving.append((self._stream.record_event(), pieces))
-        while len(self._leaving) > _LEAVING:
-            self._wait_for_oldest()
+            leaving = self._stream.record_event(), pieces
+        self.settle()
+        self._leaving = leaving
 
     def settle(self) -> None:
         """Wait until all have left: their memory can be used."""
-        while self._leaving:
-            self._wait_for_oldest()
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_event(self._leaving[0])
+            self._leaving = None
 
     def fetch(self, layer: int, piece: int) -> None:
         """Begin to bring a piece back. All must have left."""
@@ -79,7 +78,3 @@ class Parking:
             rooms.append(torch.empty(size, dtype=tensors[0].dtype, pin_memory=self._stream is not None))
         parts = rooms[-1][:needed].split([tensor.numel() for tensor in tensors])
         return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
-
-    def _wait_for_oldest(self) -> None:
-        copied, _ = self._leaving.popleft()
-        torch.cuda.current_stream().wait_event(copied)

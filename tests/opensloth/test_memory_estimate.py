@@ -263,11 +263,13 @@ def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPat
         setattr(config, key, value)
     pinned = (28 * (64 + 256) << 20) + (2 << 30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for usable, keep in ((None, Keep.HOST), (8 * pinned, Keep.HOST), (8 * pinned - 1, Keep.HOST_INPUTS)):
+    enough = Keeping(Keep.HOST, 1), Keeping(Keep.HOST, 2)
+    scarce = Keeping(Keep.HOST_INPUTS), Keeping(Keep.HOST_INPUTS, 1)
+    for usable, (asked, fitting) in ((None, enough), (8 * pinned, enough), (8 * pinned - 1, scarce)):
         monkeypatch.setattr(machine, "usable_memory", lambda usable=usable: usable)
-        assert roomiest(config, 8192, 64 * GIB, rank=8, in_host=True).keep is keep
+        assert roomiest(config, 8192, 64 * GIB, rank=8, in_host=True) == asked
         assert roomiest(config, 8192, 64 * GIB, rank=8) == ALL_KEPT
-        assert roomiest(config, 8192, 2 * GIB, rank=8).keep is keep
+        assert roomiest(config, 8192, 2 * GIB, rank=8) == fitting
 
 
 def tiny_model(family: str) -> Any:
