@@ -2,7 +2,8 @@
 
 Counted is what the loss and its gradient take: two operations for each weight and token forward, two for the
 gradient of the inputs, two more for a weight that is trained; frozen weights under an adapter take four, not six.
-Attention counts the half of each document's square that is seen, the head only positions that predict a target.
+Attention counts the half of each document's square that is seen; the head, and the last layer's MLP, only positions
+that predict a target: nobody else reads what they make.
 Recomputing counts for nothing: it is a means, not the work.
 """
 
@@ -48,13 +49,21 @@ def work_of(model: nn.Module) -> Work | None:
     if experts or head is None or not isinstance(heads, int) or not layers or kinds - ATTENDING_LAYERS:
         return None
     embeddings: Any = base_of(model).get_input_embeddings()
-    token = sum(
+    of_all = sum(
         _operations(weight)
         for weight in model.parameters()
         if weight.ndim == 2 and weight is not embeddings.weight and weight is not head.weight
     )
+    of_targets = sum(_operations(weight) for weight in _last_mlp(model) if weight.ndim == 2)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Work(token, _operations(head.weight), 3 * _FORWARD * layers * heads * size)
+    return Work(of_all - of_targets, of_targets + _operations(head.weight), 3 * _FORWARD * layers * heads * size)
+
+
+def _last_mlp(model: nn.Module) -> list[nn.Parameter]:
+    """Its weights; none where layers do not lie where those of most models do."""
+    layers: Any = getattr(getattr(base_of(model), "model", None), "layers", None)
+    mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
+    return [] if mlp is None else list(mlp.parameters())
 
 
 def _operations(weight: torch.Tensor) -> int:

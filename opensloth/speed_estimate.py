@@ -80,7 +80,8 @@ def _products(shape: ModelShape, method: Method, batch: Batch, again: float, att
     times = 6 if method.is_full else 4
     mlp = shape.layers * shape.hidden * shape.intermediate
     of_token = times * shape.linear + 2 * (again * 2 * mlp + attended * (shape.linear - 3 * mlp))
-    return of_token * batch.tokens + times * shape.head_parameters * batch.targets
+    spared = times * 3 * shape.hidden * shape.intermediate * (batch.tokens - batch.targets)  # of the last layer's MLP
+    return of_token * batch.tokens + times * shape.head_parameters * batch.targets - spared
 
 
 def _attention(shape: ModelShape, step: Step, attended: float) -> float:
@@ -94,6 +95,7 @@ def _traffic(shape: ModelShape, method: Method, step: Step, again: float) -> flo
     width, inner, batch = shape.hidden, shape.intermediate, step.batch
     of_layer = 14 * width + 4 * shape.qkv + 9 * inner + again * (4 * width + 2 * shape.qkv + 3 * inner)
     bytes_of_batch: float = 2 * shape.layers * of_layer * batch.tokens + 2 * 3 * shape.vocabulary * batch.targets
+    bytes_of_batch -= 2 * 9 * inner * (batch.tokens - batch.targets)  # of the last layer's MLP
     if method.bits == 4:  # made whole for either way
         bytes_of_batch += 2 * (0.5 + 2) * shape.linear
     of_weight = _OPTIMIZER_BYTES + 2 * method.moments

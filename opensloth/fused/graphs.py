@@ -50,14 +50,14 @@ class Graphs:
         self._device = device
         self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = {}
         self._seen: set[tuple[int, ...]] = set()
-        self._longest = 0
+        self._most = (0, 0)
 
     def replayed(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """What `run` returns, a scalar. inputs: on the CPU.
 
         run: the same one every time; whatever it writes besides stays in one place.
         """
-        self._make_room(len(inputs.ids))
+        self._make_room(inputs)
         shape = inputs.shape
         if shape not in self._captured and not self._may_capture(shape):
             self._seen.add(shape)
@@ -71,21 +71,23 @@ class Graphs:
 
     def launched(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """The same, kernel by kernel."""
-        self._make_room(len(inputs.ids))
+        self._make_room(inputs)
         if self._device.type != "cuda":
             return run(inputs.to(self._device))
         with self._own_memory():
             result = run(inputs.to(self._device))
         return result.clone()
 
-    def _make_room(self, tokens: int) -> None:
-        """Before the longest batch so far: none of the blocks of shorter ones is of use to it, so they are given back.
+    def _make_room(self, inputs: Inputs) -> None:
+        """Before a batch of more tokens or targets than any before: the blocks of smaller ones are of little use to it,
+        so they are given back.
 
         Within a pool torch looks for room nowhere else, so what is cached outside is given back too.
         """
-        if tokens <= self._longest:
+        tokens, targets = self._most
+        if len(inputs.ids) <= tokens and len(inputs.targets) <= targets:
             return
-        self._longest = tokens
+        self._most = max(tokens, len(inputs.ids)), max(targets, len(inputs.targets))
         if self._device.type != "cuda":
             return
         torch.cuda.synchronize(self._device)

@@ -93,6 +93,7 @@ class Kept:
     gate_up: Tensor | None = None
     attended: Attended | None = None
     expanded: Expanded | None = None
+    wanted: Tensor | None = None
 
 
 class Layer:
@@ -159,16 +160,21 @@ class Layer:
         """Where the gradient of this layer's output is to be written, up to D."""
         return self._down.room_for_gradient(tokens)
 
-    def forward(self, x: Tensor, documents: Documents) -> tuple[Tensor, Kept]:
-        """x: [T, D]. Returns the output and what its way back needs."""
+    def forward(self, x: Tensor, documents: Documents, wanted: Tensor | None = None) -> tuple[Tensor, Kept]:
+        """x: [T, D]. wanted: int64 [m], the rows of the output that anyone reads; None: all.
+
+        Returns these rows, and what their way back needs. A row may be named again if its gradient is zero.
+        """
         self._load()
         attended, y = self._attend(x, documents)
+        if wanted is not None:
+            y = y[wanted]
         if self._keep is Keep.ALL:
             z, expanded = self._expand(y)
-            return z, Kept(attended=attended, expanded=expanded)
-        kept = Kept((x,))
+            return z, Kept(attended=attended, expanded=expanded, wanted=wanted)
+        kept = Kept((x,), wanted=wanted)
         if self._keep is Keep.HOST:
-            kept = Kept((y,), (x, attended.raw, attended.attended), lse=attended.lse)
+            kept = Kept((y,), (x, attended.raw, attended.attended), lse=attended.lse, wanted=wanted)
         del attended  # of which the rest is not needed any more
         return self._expand_in_parts(y, kept), kept
 
@@ -186,21 +192,32 @@ class Layer:
     def expand_backward(self, dz: Tensor, kept: Kept, documents: Documents) -> Tensor:
         """The way back through the MLP, which is the first half of it; uses up what is kept for it.
 
-        dz: `room_for_gradient`, filled. Returns the gradient of y, with room for a border.
+        dz: `room_for_gradient`, filled, of the rows that are wanted. Returns the gradient of all of y, [T, D], with
+        room for a border.
         """
         self._load()
         dy = self._out.room_for_gradient(len(dz))
         if kept.expanded is not None:
             self._expand_backward(dz, kept.expanded, dy[:, : self._out.outputs])
             kept.expanded = None
-            return dy
+            return self._in_all_rows(dy, kept, documents)
         y = self._before_mlp(kept, documents)
         for rows in self._parts(len(dz)):
             expanded = self._expand_again(y[rows], kept, rows)
             self._expand_backward(dz[rows], expanded, dy[rows, : self._out.outputs])
             del expanded  # before the next part's are made
         kept.first, kept.gate_up = (), None
-        return dy
+        return self._in_all_rows(dy, kept, documents)
+
+    def _in_all_rows(self, dy: Tensor, kept: Kept, documents: Documents) -> Tensor:
+        """dy: of the rows that are wanted. The others' gradient is zero."""
+        if kept.wanted is None:
+            return dy
+        width = self._out.outputs
+        every = self._out.room_for_gradient(documents.offsets[-1])
+        every[:, :width].zero_()
+        every[:, :width][kept.wanted] = dy[:, :width]
+        return every
 
     def _before_mlp(self, kept: Kept, documents: Documents) -> Tensor:
         """y; of a layer that keeps its input alone made again, and with it all that attention keeps."""
@@ -208,7 +225,7 @@ class Layer:
         if kept.lse is not None:  # `later` may be still on its way
             return first
         kept.attended, y = self._attend(first, documents)
-        return y
+        return y if kept.wanted is None else y[kept.wanted]
 
     def attend_backward(self, dy: Tensor, kept: Kept, documents: Documents, dx: Tensor | None) -> None:
         """The rest. dy: of `expand_backward`. dx: [T, D], is written; None when nobody needs it."""

@@ -139,9 +139,13 @@ class FusedModel:
     def _forward(self, inputs: Inputs) -> Tensor:
         """One batch, forward alone; returns its sum of losses."""
         x, documents = self._embed(inputs.ids), self._documents(inputs)
-        for layer in self._layers:
-            x, _ = layer.forward(x, documents)
+        for i, layer in enumerate(self._layers):
+            x, _ = layer.forward(x, documents, self._wanted(i, inputs))
         return self._loss(x, inputs, None)
+
+    def _wanted(self, layer: int, inputs: Inputs) -> Tensor | None:
+        """The rows of a layer's output that anyone reads; None: all. Of the last one, those that predict a target."""
+        return inputs.predictors if layer == len(self._layers) - 1 else None
 
     def _staged(self, inputs: Inputs) -> Inputs:
         return inputs.pinned() if self._device.type == "cuda" else inputs
@@ -151,13 +155,13 @@ class FusedModel:
         x, documents = self._embed(inputs.ids), self._documents(inputs)
         kept = []
         for i, layer in enumerate(self._layers):
-            x, of_layer = layer.forward(x, documents)
+            x, of_layer = layer.forward(x, documents, self._wanted(i, inputs))
             kept.append(of_layer)
             self._park(i, of_layer)
         del of_layer  # else the last one's is kept to the end
         self._parking.settle()
-        tokens, width = x.shape
-        dx = self._layers[-1].room_for_gradient(tokens)
+        targets, width = x.shape
+        dx = self._layers[-1].room_for_gradient(targets)
         loss = self._loss(x, inputs, dx[:, :width])
         del x
         for i in reversed(range(len(self._layers))):
@@ -182,7 +186,7 @@ class FusedModel:
         Returns the gradient of the layer's input, likewise; where nobody asks for it, that of its output. From host
         memory comes what is needed next, no sooner than it has to.
         """
-        tokens, of_layer = len(dz), kept.pop()
+        tokens, of_layer = documents.offsets[-1], kept.pop()
         if self._parked[layer]:
             of_layer.first = self._parking.take(layer, 0)
             self._parking.fetch(layer, 1)
@@ -208,14 +212,13 @@ class FusedModel:
         return Documents(inputs.offsets, inputs.tiles, cos, sin)
 
     def _loss(self, x: Tensor, inputs: Inputs, dx: Tensor | None) -> Tensor:
-        """x: the last layer's output, [T, D]; dx: its gradient, is written. Only targets go through the head."""
-        chosen = x[inputs.predictors]
-        normed = torch.empty_like(chosen)
-        rms = self._norm.forward(chosen, normed)
+        """x: the last layer's output where a target is predicted, [m, D]; dx: its gradient, is written."""
+        normed = torch.empty_like(x)
+        rms = self._norm.forward(x, normed)
         size = max(1, LOGITS_BYTES // (self._head.shape[0] * self._head.element_size()))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dnormed = torch.empty_like(normed)
-        for begin in range(0, len(chosen), size):
+        for begin in range(0, len(x), size):
             part = slice(begin, begin + size)
             logits = normed[part] @ self._head.T
             total += operations.cross_entropy_(logits, inputs.targets[part], inputs.scale).sum()
@@ -225,10 +228,7 @@ class FusedModel:
                     operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), keep=True)
             del logits  # before the next part's are made
         if dx is not None:
-            dchosen = torch.empty_like(chosen)
-            self._norm.backward(dnormed, chosen, rms, None, dchosen)
-            dx.zero_()
-            dx[inputs.predictors] = dchosen
+            self._norm.backward(dnormed, x, rms, None, dx)
         return total
 
 

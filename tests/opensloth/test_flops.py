@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -55,6 +57,9 @@ def test_padding_and_prompts_are_no_work() -> None:
     silent = [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
     less = work.of(flat) - work.of(flat_batch(tiny.Documents(silent), np.arange(5)))
     assert less == work.target * len(flat.targets) > 0
+    base: Any = model
+    read_by_targets = (*base.model.layers[-1].mlp.parameters(), base.lm_head.weight)
+    assert work.target == 6 * sum(weight.numel() for weight in read_by_targets)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mamba2"])

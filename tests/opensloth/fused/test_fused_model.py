@@ -25,6 +25,7 @@ from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
+from opensloth.fused import operations
 from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
@@ -160,6 +161,23 @@ KINDS = pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2",
 def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keeping: Keeping) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     agreeing(model_of(kind, targets=targets), keeping, "")
+
+
+@every_keeping
+def test_the_last_mlp_is_computed_where_a_target_is_predicted(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    whole = operations.swiglu
+    monkeypatch.setattr(operations, "swiglu", lambda gate_up, out: (rows.append(len(out)), whole(gate_up, out)))
+    base, batch = base_of(model_of("llama")), packed(documents())
+    fused, layers = FusedModel(base, keeping=keeping), len(base.model.layers)
+    inputs = inputs_of(batch, 1.0)
+    assert len(batch.targets) <= len(inputs.targets) < len(inputs.ids)
+    for run in (fused.loss_sum, lambda batch: fused.accumulate(batch, 1.0)):
+        rows.clear()
+        run(batch)
+        assert rows == [*[len(inputs.ids)] * (layers - 1), len(inputs.targets)]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
