@@ -3,7 +3,8 @@
     python benchmarks/steps.py --shape 7b --keep all,inputs,host,host:7,host_inputs [--full] [--optim adamw_8bit]
 
 A step is batch, forward, backward, clipping and optimizer, in a bare loop over a few batches. `host:7` keeps the MLPs
-of 7 layers too, `inputs:7` all of 7. Random weights; it needs a CUDA GPU with room for the model and its optimizer.
+of 7 layers too, `inputs:7` all of 7. Random weights; it needs a CUDA GPU with room for the model and its optimizer (on
+a CPU `--shape tiny` shows whether it works).
 """
 
 # ruff: noqa: T201 (printing is for the person who runs this)
@@ -44,6 +45,8 @@ from runner.gpu import Gpu  # noqa: E402
 BATCHES, WARM_TURNS = 4, 2
 RANK = 8
 MOMENTS = {"adamw_torch_fused": 8, "adamw_8bit": 2}
+ON_GPU = torch.cuda.is_available()
+GPU = torch.cuda.get_device_name() if ON_GPU else "no GPU"
 
 
 def main() -> None:
@@ -57,20 +60,15 @@ def main() -> None:
         full=asked.full,
         target_share=asked.target_share,
     )
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {leg.name}, {asked.optim}", flush=True)
+    print(f"{GPU}, torch {torch.__version__}; {leg.name}, {asked.optim}", flush=True)
     model, batches = model_of(leg), batches_of(leg)
-    optimizer = make_optimizer(
-        trainable_parameters(model),
-        TrainingArguments(output_dir=tempfile.gettempdir(), optim=asked.optim, learning_rate=1e-5),
-        flat_gradients=True,
-    )
+    tokens = sum(batch.tokens for batch in batches) / BATCHES
     for keeping in asked.keep:
-        seconds = measured(model, optimizer, batches, keeping, asked.turns)
-        tokens, peak = sum(batch.tokens for batch in batches) / BATCHES, torch.cuda.max_memory_allocated() / GIB
-        bytes_foreseen, rate_foreseen = predicted(model, leg, batches, keeping, MOMENTS[asked.optim])
+        seconds, peak = measured(model, batches, keeping, asked.optim, asked.turns)
+        peak_foreseen, rate_foreseen = predicted(model, leg, batches, keeping, MOMENTS[asked.optim])
         print(
             f"{keeping}: {seconds * 1e3:.1f} ms a step; {tokens / seconds:,.0f} tokens/s, predicted {rate_foreseen}; "
-            f"peak {peak:.2f} GiB, predicted {bytes_foreseen / GIB:.2f}",
+            f"peak {peak / GIB:.2f} GiB, predicted {peak_foreseen / GIB:.2f}",
             flush=True,
         )
 
@@ -101,12 +99,12 @@ def _keepings(text: str) -> list[Keeping]:
 def model_of(leg: Leg) -> Any:
     """On the GPU, as a run loads it: float32 if all of it is trained."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device("cuda" if ON_GPU else "cpu"):
         torch.set_default_dtype(torch.float32 if leg.full else torch.bfloat16)
         base = Qwen2ForCausalLM(Qwen2Config(max_position_embeddings=32_768, **made.SHAPES[leg.shape]))
         torch.set_default_dtype(torch.float32)
-        lora = None if leg.full else LoraArgs(r=RANK)
-        config = OpenSlothConfig(data_cache_path="-", fast_model_args=FastModelArgs(model_name="-"), lora_args=lora)
+        lora, args = None if leg.full else LoraArgs(r=RANK), FastModelArgs(model_name="-", full_finetuning=leg.full)
+        config = OpenSlothConfig(data_cache_path="-", fast_model_args=args, lora_args=lora)
         model = attach_adapter(base, config)
     attention.register()
     base.set_attn_implementation(attention.NAME)
@@ -124,26 +122,34 @@ def batches_of(leg: Leg) -> list[Batch]:
     return [packed.batch(np.arange(i * leg.rows, (i + 1) * leg.rows)) for i in range(BATCHES)]
 
 
-def measured(model: Any, optimizer: torch.optim.Optimizer, batches: list[Batch], keeping: Keeping, turns: int) -> float:
-    """Seconds of a step; torch knows the peak."""
+def measured(model: Any, batches: list[Batch], keeping: Keeping, optim: str, turns: int) -> tuple[float, int]:
+    """Seconds of a step, and the most bytes that torch has allocated on the GPU."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     fused = FusedModel(base_of(model), keeping=keeping, full_batch=max(batch.tokens for batch in batches))
+    named = TrainingArguments(output_dir=tempfile.gettempdir(), optim=optim, learning_rate=1e-5)
+    optimizer = make_optimizer(trainable_parameters(model), named, flat_gradients=True)
     started = 0.0
     for turn in range(WARM_TURNS + turns):
         if turn == WARM_TURNS:
-            torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = now()
         for batch in batches:
             fused.begin_step()
             fused.accumulate(batch, 1 / len(batch.targets))
             fused.clip(1.0)
             optimizer.step()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / (turns * len(batches))
+    seconds = (now() - started) / (turns * len(batches))
     fused.release()
-    return seconds
+    return seconds, torch.cuda.max_memory_allocated() if ON_GPU else 0
+
+
+def now() -> float:
+    """Seconds, once all that was launched is done."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def predicted(model: Any, leg: Leg, batches: list[Batch], keeping: Keeping, moments: int) -> tuple[int, str]:
@@ -153,9 +159,9 @@ def predicted(model: Any, leg: Leg, batches: list[Batch], keeping: Keeping, mome
     tokens = leg.rows * leg.row
     batch = memory_estimate.Batch(tokens, round(tokens * leg.target_share))
     foreseen = memory_estimate.estimate(shape, method, batch, keeping).peak
-    product = Gpu(torch.cuda.get_device_name(), None, "torch").product
+    product = Gpu(GPU, None, "torch").product
     if product is None or product.card is None:
-        return foreseen, "not: no figures of this GPU"
+        return foreseen, "nothing (an unknown GPU)"
     count = sum(len(batch.inputs["document_offsets"]) - 1 for batch in batches)
     step = speed_estimate.Step(batch, 1, sum(batch.tokens for batch in batches) / count)
     return foreseen, f"{speed_estimate.tokens_per_second(shape, method, step, keeping, product.card):,.0f}"
