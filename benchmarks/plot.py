@@ -1,4 +1,4 @@
-"""Bars of tokens a second, oslo's best leg and the best peer's, for each case of a results file of train.py.
+"""How many times the best peer's tokens a second oslo makes, for each case of a results file of train.py.
 
 python benchmarks/plot.py RESULTS.json PICTURE.svg
 """
@@ -17,40 +17,45 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parent))
 
 from training.cases import CASES
-from training.legs import Leg
-from training.results import Results, outcome, rate
+from training.results import Outcome, Results, outcome, peak, rate
 
-COLOURS = {"oslo": "#1b6ca8", "best peer": "#b5b5b5"}
-WIDTH = 0.38
+COLOUR, MARKS = "#1b6ca8", {"must": "#333333", "aim": "#d1811f"}
+"""The bars are those of training/cases.py."""
+HEIGHT, MARK_HEIGHT = 0.55, 0.75
 
 
 def main() -> None:
     mpl.rcParams["svg.fonttype"] = "none"  # words, not their outlines
     results, picture = Results.read(Path(sys.argv[1])), Path(sys.argv[2])
-    found = {case.title: outcome(case, results) for case in CASES.values() if not (case.seconds or case.beside)}
-    found = {textwrap.fill(title, 36): one for title, one in found.items() if one.value is not None}
+    cases = [case for case in CASES.values() if not (case.seconds or case.beside)]
+    found = [(case, one) for case in cases if (one := outcome(case, results)).value is not None]
     if not found:
         raise SystemExit(f"{sys.argv[1]}: no case has figures of oslo and of a peer")
-    figure, axes = plt.subplots(figsize=(11, 0.9 + 0.75 * len(found)), layout="constrained")
-    for place, one in enumerate(found.values()):
-        for offset, who, leg in ((-WIDTH / 2, "oslo", one.own), (WIDTH / 2, "best peer", one.peer)):
-            assert leg is not None
-            _bar(axes, place + offset, who, leg, results)
-    axes.set_yticks(range(len(found)), [f"{title}\n{one.value:.2f}x" for title, one in found.items()])
+    figure, axes = plt.subplots(figsize=(11, 0.9 + 0.6 * len(found)), layout="constrained")
+    for place, (case, one) in enumerate(found):
+        axes.barh(place, one.value, HEIGHT, color=COLOUR)
+        for name, colour in MARKS.items():
+            if (bar := getattr(case, name)) is not None:
+                ends = (place - MARK_HEIGHT / 2, place + MARK_HEIGHT / 2)
+                axes.vlines(bar, *ends, color=colour, label=None if place else name)
+        right = max(one.value, case.must or 0, case.aim or 0)
+        words = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axes.annotate(_words(one, results), (right, place), **words).set_in_layout(False)
+    axes.set_yticks(range(len(found)), [f"{textwrap.fill(case.title, 36)}  {one.value:.2f}" for case, one in found])
     axes.invert_yaxis()
-    axes.set_xlabel(f"tokens a second, median and range; {results.about['gpu']}, {results.about['date']}")
+    axes.set_xlabel(f"tokens a second, times the best peer's; {results.about['gpu']}, {results.about['date']}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, 1.5 * axes.dataLim.x1)  # room for the words beside the bars
+    axes.set_xlim(0, 1.7 * axes.dataLim.x1)  # room for the words beside the bars
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(picture, metadata={"Date": None})
 
 
-def _bar(axes: plt.Axes, place: float, who: str, leg: Leg, results: Results) -> None:
-    figures = results.figures(leg)
-    middle, rates = rate(figures), [one["tokens_per_second"] for one in figures]
-    spread = [[middle - min(rates)], [max(rates) - middle]]
-    axes.barh(place, middle, WIDTH, xerr=spread, color=COLOURS[who], error_kw={"elinewidth": 1})
-    words = f"  {middle:,.0f} {leg.program}, {leg.rows} x {leg.row:,}, recompute {leg.recompute}"
-    axes.text(max(rates), place, words, va="center", fontsize=8).set_in_layout(False)
+def _words(one: Outcome, results: Results) -> str:
+    assert one.own is not None
+    assert one.peer is not None
+    own, peer = (results.figures(leg) for leg in (one.own, one.peer))
+    beside = f"{one.peer.program}'s {rate(peer):,.0f} at {peak(peer):.1f}"
+    return f"{rate(own):,.0f} tokens/s at {peak(own):.1f} GiB; {beside}"
 
 
 if __name__ == "__main__":

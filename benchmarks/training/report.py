@@ -29,7 +29,9 @@ def text(results: Results, names: list[str]) -> str:
     lines += [_leg_line(leg, results) for leg in legs if results.figures(leg)]
     lines += [""] + [f"- {leg.name}: {why}" for leg in legs if (why := _why_not(leg, results))]
     if (machines := len({one["machine"] for leg in legs for one in results.figures(leg)})) > 1:
-        lines.append(f"\nFrom {machines} machines: figures of one program differ between them.")
+        lines.append(
+            f"\nFrom {machines} machines: figures of one program differ between them, so ratios are each machine's own."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -93,7 +93,9 @@ def best(results: Results, legs: Iterable[Leg], better: Callable[[list[dict[str,
 
 @dataclass(frozen=True)
 class Outcome:
-    """own, peer: the legs compared. value: the ratio, or with `seconds` the difference; None: not measured."""
+    """own, peer: the legs compared. value: the ratio, machine by machine, or with `seconds` the difference; None: not
+    measured.
+    """
 
     own: Leg | None
     peer: Leg | None
@@ -113,8 +115,17 @@ def outcome(case: Case, results: Results) -> Outcome:
     measured = [leg for leg in case.own if results.figures(leg)]
     fitting = [leg for leg in measured if bound is None or peak(results.figures(leg)) <= float(bound)]
     own = best(results, fitting, rate)
-    value = rate(results.figures(own)) / rate(results.figures(peer)) if own and peer else None
-    return Outcome(own, peer, value)
+    return Outcome(own, peer, _ratio(results.figures(own), results.figures(peer)) if own and peer else None)
+
+
+def _ratio(own: list[dict[str, Any]], peer: list[dict[str, Any]]) -> float | None:
+    """Of the medians of one machine, and of several machines the median of that; None: no machine has run both."""
+    found = []
+    for machine in {one.get("machine") for one in own}:
+        pair = [[one for one in of if one.get("machine") == machine] for of in (own, peer)]
+        if all(pair):
+            found.append(rate(pair[0]) / rate(pair[1]))
+    return statistics.median(found) if found else None
 
 
 def verdict(case: Case, value: float | None, bar: float | None) -> str:

@@ -71,6 +71,19 @@ def test_the_ratio_is_of_medians_to_the_best_of_all_peers(results: Results) -> N
     assert verdict(CASE, None, 4) == "4x: not measured"
 
 
+def test_machines_are_not_mixed_in_a_ratio(results: Results) -> None:
+    own, peer = CASE.own[0], CASE.peers[0]
+    measured(results, own, 300.0, 1000.0)
+    measured(results, peer, 100.0, 500.0, 100.0)
+    for leg, machines in ((own, "ab"), (peer, "abc")):
+        for figures, machine in zip(results.figures(leg), machines, strict=True):
+            figures["machine"] = machine
+    assert outcome(CASE, results).value == pytest.approx((3 + 2) / 2)
+    for figures in results.figures(own):
+        figures["machine"] = "d"
+    assert outcome(CASE, results).value is None
+
+
 def test_within_a_bound_of_memory_the_fastest_leg_that_fits_counts(results: Results) -> None:
     case = CASES["full"]
     measured(results, case.own[0], 400.0, peak=17.5)

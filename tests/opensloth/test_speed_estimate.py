@@ -49,8 +49,12 @@ MEASURED = [
     ("7B, 2 rows", "H200", "7b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 18_830),
     ("7B, 2 rows, steps alone", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.INPUTS), MEAN, 13_820),
     ("7B, 2 rows", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.HOST, 6), MEAN, 15_530),
+    ("7B, 2 rows", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.HOST, 2), MEAN, 14_850),
     ("7B, 2 rows, steps alone", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.HOST), MEAN, 14_510),
     ("7B, 2 rows, steps alone", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.HOST_INPUTS), MEAN, 13_330),
+    ("7B, every weight, steps alone", "H200", "7b", FULL, 8192, 1.0, Keeping(Keep.INPUTS), MEAN, 9_970),
+    ("the same, AdamW in 8 bits", "H200", "7b", FULL_8_BIT, 8192, 1.0, Keeping(Keep.INPUTS), MEAN, 9_880),
+    ("the same, AdamW in 8 bits", "H200", "7b", FULL_8_BIT, 8192, 1.0, Keeping(Keep.ALL), MEAN, 11_720),
 ]
 """Tokens a second (docs/performance.md)."""
 
