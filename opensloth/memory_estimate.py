@@ -252,7 +252,7 @@ def _ranks(method: Method) -> tuple[int, ...]:
     return tuple(-(-rank // BORDER) * BORDER for rank in sums)
 
 
-def parked_bytes(shape: ModelShape, method: Method, keep: Keep) -> int:
+def offloaded_bytes(shape: ModelShape, method: Method, keep: Keep) -> int:
     """Of one token and layer, in host memory."""
     attention = shape.qkv + shape.attended + _ranks(method)[1] + shape.hidden
     return _HALF * {Keep.HOST_INPUTS: shape.hidden, Keep.HOST: shape.hidden + attention}.get(keep, 0)
@@ -267,7 +267,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
         of_whole, work_of_whole = of_other + of_mlp * tokens, work_of_other - of_mlp * _part(shape, batch, Keep.HOST)
     else:
         of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
-    here = parked_bytes(shape, method, keeping.keep)  # of one layer, at work or to be
+    here = offloaded_bytes(shape, method, keeping.keep)  # of one layer, at work or to be
     if keeping.keep is Keep.HOST_INPUTS:  # and of the one before it
         here *= 2
     kept = whole * of_whole + (shape.layers - whole) * of_other + here * tokens
@@ -314,7 +314,7 @@ def _fused_layer(shape: ModelShape, method: Method, batch: Batch, keep: Keep) ->
         + max(mlp, attention)
     )
     if keep is Keep.HOST:  # on the way there, while what the layer before it kept is leaving
-        leaving = parked_bytes(shape, method, keep) + _HALF * width
+        leaving = offloaded_bytes(shape, method, keep) + _HALF * width
         work = max(work, leaving * tokens + again_mlp + _HALF * inner * part)
     return kept * tokens, work
 

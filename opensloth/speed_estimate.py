@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensloth.memory_estimate import Batch, Keep, Keeping, Method, parked_bytes, trained_parameters
+from opensloth.memory_estimate import Batch, Keep, Keeping, Method, offloaded_bytes, trained_parameters
 from opensloth.model_shape import ModelShape
 
 _PRODUCTS, _ATTENTION = 0.66, 0.285
@@ -55,7 +55,7 @@ def copies_keep_up(shape: ModelShape, method: Method, operations: float, link: f
 
     operations: that large products reach, a second. link: bytes a second to host memory.
     """
-    return parked_bytes(shape, method, Keep.HOST) / link <= 2 * shape.layer_linear / operations
+    return offloaded_bytes(shape, method, Keep.HOST) / link <= 2 * shape.layer_linear / operations
 
 
 def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Keeping, card: Card) -> float:

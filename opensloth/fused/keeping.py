@@ -72,10 +72,8 @@ def speeds_of(device: torch.device) -> tuple[float, float] | None:
 
 def _in_host(shape: ModelShape, method: Method, tokens: int) -> list[int]:
     """Bytes of each block that HOST asks host memory for."""
-    first = 2 * shape.hidden  # of the two pieces that a layer keeps there
-    pieces = (first, memory_estimate.parked_bytes(shape, method, Keep.HOST) - first)
-    embeddings = memory_estimate.offloaded_embeddings(shape, method, Keep.HOST)
-    return [tokens * piece for piece in pieces] * shape.layers + [embeddings]
+    of_layer = tokens * memory_estimate.offloaded_bytes(shape, method, Keep.HOST)
+    return [of_layer] * shape.layers + [memory_estimate.offloaded_embeddings(shape, method, Keep.HOST)]
 
 
 def host_has_room(*blocks: int) -> bool:

@@ -14,8 +14,8 @@ from opensloth.fused.graphs import Graphs
 from opensloth.fused.inputs import Inputs, inputs_of, padded_tokens
 from opensloth.fused.keeping import host_has_room
 from opensloth.fused.layer import Kept, Layer, Norm
+from opensloth.fused.offload import Offload
 from opensloth.fused.operations import Documents
-from opensloth.fused.parking import Parking
 from opensloth.fused.projection import Shared, gradient_of
 from opensloth.memory_estimate import IN_HOST, LOGITS_BYTES, Keeping, mlp_part
 
@@ -50,9 +50,9 @@ class FusedModel:
             keeps_mlp = keeping.keeps_mlp(i, count)
             self._layers.append(Layer(module, dtype, shared, keep=keeps[i], keeps_mlp=keeps_mlp, chunk=chunk))
         _give_back_cached(self._device)
-        self._parking = Parking(self._device, padded_tokens(full_batch, full_batch))
+        self._offload = Offload(self._device, padded_tokens(full_batch, full_batch))
         # What the last layer keeps is needed next.
-        self._parked = [keep in IN_HOST and i < count - 1 for i, keep in enumerate(keeps)]
+        self._offloaded = [keep in IN_HOST and i < count - 1 for i, keep in enumerate(keeps)]
         self._projections = [projection for layer in self._layers for projection in layer.projections]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._copies = [copy for projection in self._projections for copy in projection.copies()]
@@ -157,9 +157,9 @@ class FusedModel:
         for i, layer in enumerate(self._layers):
             x, of_layer = layer.forward(x, documents, self._wanted(i, inputs))
             kept.append(of_layer)
-            self._park(i, of_layer)
+            self._put_away(i, of_layer)
         del of_layer  # else the last one's is kept to the end
-        self._parking.settle()
+        self._offload.settle()
         targets, width = x.shape
         dx = self._layers[-1].room_for_gradient(targets)
         loss = self._loss(x, inputs, dx[:, :width])
@@ -187,22 +187,22 @@ class FusedModel:
         memory comes what is needed next, no sooner than it has to.
         """
         tokens, of_layer = documents.offsets[-1], kept.pop()
-        if self._parked[layer]:
-            of_layer.first = self._parking.take(layer, 0)
-            self._parking.fetch(layer, 1)
+        if self._offloaded[layer]:
+            of_layer.first = self._offload.take(layer, 0)
+            self._offload.fetch(layer, 1)
         dy = self._layers[layer].expand_backward(dz, of_layer, documents)
-        if layer and self._parked[layer - 1]:
-            self._parking.fetch(layer - 1, 0)
-        if self._parked[layer]:
-            of_layer.later = self._parking.take(layer, 1)
+        if layer and self._offloaded[layer - 1]:
+            self._offload.fetch(layer - 1, 0)
+        if self._offloaded[layer]:
+            of_layer.later = self._offload.take(layer, 1)
         before = self._room_before(layer, tokens)
         dx = None if before is None else before[:, : self._head.shape[1]]
         self._layers[layer].attend_backward(dy, of_layer, documents, dx)
         return dz if before is None else before
 
-    def _park(self, layer: int, kept: Kept) -> None:
-        if self._parked[layer]:
-            self._parking.put(layer, (kept.first, kept.later))
+    def _put_away(self, layer: int, kept: Kept) -> None:
+        if self._offloaded[layer]:
+            self._offload.put(layer, (kept.first, kept.later))
             kept.first = kept.later = ()
 
     def _documents(self, inputs: Inputs) -> Documents:

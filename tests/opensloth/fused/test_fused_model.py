@@ -29,11 +29,11 @@ from opensloth.fused import operations
 from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
-from opensloth.fused.parking import Parking
+from opensloth.fused.offload import Offload
 from opensloth.fused.projection import Projection
 from opensloth.fused.support import reason_against, reason_against_model
 from opensloth.launch import machine
-from opensloth.memory_estimate import IN_HOST, Keep, Keeping, Method, parked_bytes
+from opensloth.memory_estimate import IN_HOST, Keep, Keeping, Method, offloaded_bytes
 from opensloth.model import attach_adapter, base_of, load_model, trainable_parameters
 from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, FastModelArgs, LoraArgs, OpenSlothConfig
@@ -184,10 +184,10 @@ def test_the_last_mlp_is_computed_where_a_target_is_predicted(
 @pytest.mark.parametrize("keep", IN_HOST)
 def test_what_lies_in_host_memory_is_what_was_counted(kind: str, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the gradient has the bits of that of all kept."""
-    model, parked = model_of(kind, targets=ALL), []
-    put = Parking.put
+    model, offloaded = model_of(kind, targets=ALL), []
+    put = Offload.put
     monkeypatch.setattr(
-        Parking, "put", lambda self, layer, pieces: parked.append(sum(pieces, ())) or put(self, layer, pieces)
+        Offload, "put", lambda self, layer, pieces: offloaded.append(sum(pieces, ())) or put(self, layer, pieces)
     )
     found = []
     for keeping in (ALL_KEPT, Keeping(keep)):
@@ -196,27 +196,31 @@ def test_what_lies_in_host_memory_is_what_was_counted(kind: str, keep: Keep, mon
         fused.accumulate(packed(documents()), 1.0)
         found.append(fused.gradient.clone())
         all_but_last = len(base_of(model).model.layers) - 1
-        assert len(parked) == (all_but_last if keeping.keep is keep else 0)
+        assert len(offloaded) == (all_but_last if keeping.keep is keep else 0)
     assert torch.equal(*found)
     shape = ModelShape.from_config(base_of(model).config.to_dict())
-    counted = parked_bytes(shape, Method(8, LORA_TARGETS, 16, 8, fused=True), keep)
-    assert {2 * sum(tensor.shape[1] for tensor in of_layer) for of_layer in parked} == {counted}
+    counted = offloaded_bytes(shape, Method(8, LORA_TARGETS, 16, 8, fused=True), keep)
+    assert {2 * sum(tensor.shape[1] for tensor in of_layer) for of_layer in offloaded} == {counted}
 
 
 def test_a_place_in_host_memory_serves_all_batches_that_are_not_longer() -> None:
-    parking, longest = Parking(torch.device("cpu"), 10), (torch.zeros(10, 4), torch.zeros(10, 3))
-    shorter = tuple(tensor[:7] for tensor in longest)
-    for tensors in (shorter, longest, shorter):
-        places = parking._places((0, 1), tensors)
-        assert [place.shape for place in places] == [tensor.shape for tensor in tensors]
-        assert places[0].data_ptr() == parking._host[0, 1][0].data_ptr()
-        assert places[1].data_ptr() == places[0].data_ptr() + places[0].nbytes
-    blocks = parking._host[0, 1]
+    offload, longest = (
+        Offload(torch.device("cpu"), 10),
+        ((torch.zeros(10, 4),), (torch.zeros(10, 3), torch.zeros(10, 2))),
+    )
+    shorter = tuple(tuple(tensor[:7] for tensor in piece) for piece in longest)
+    for pieces in (shorter, longest, shorter):
+        places, at = offload._places(0, pieces), offload._host[0][0].data_ptr()
+        assert [[place.shape for place in of] for of in places] == [[tensor.shape for tensor in of] for of in pieces]
+        for place in sum(places, ()):
+            assert place.data_ptr() == at
+            at += place.nbytes
+    blocks = offload._host[0]
     before = blocks[0].data_ptr()
-    parking._places((0, 1), (torch.zeros(11, 4), torch.zeros(11, 3)))
+    offload._places(0, ((torch.zeros(11, 4),), (torch.zeros(11, 3), torch.zeros(11, 2))))
     assert [len(blocks), blocks[0].data_ptr()] == [2, before], "a graph may still use the first"
-    for other in ((0, 0), (1, 1)):
-        assert parking._places(other, longest)[0].data_ptr() not in [block.data_ptr() for block in blocks]
+    (other,), _ = offload._places(1, longest)
+    assert other.data_ptr() not in [block.data_ptr() for block in blocks]
 
 
 def test_embeddings_may_lie_in_host_memory_where_nobody_trains_them(monkeypatch: pytest.MonkeyPatch) -> None:

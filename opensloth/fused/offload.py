@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 Pieces = Sequence[tuple[Tensor, ...]]
-"""What one layer keeps, in the order in which its way back needs it."""
+"""What one layer keeps, in the order in which its way back needs it. All tensors of one type."""
 
 
-class Parking:
+class Offload:
     """A place for what each layer keeps. On the CPU tensors stay where they are."""
 
     def __init__(self, device: torch.device, tokens: int) -> None:
         """tokens: for which there is room from the first batch on."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tokens = tokens
-        self._host: dict[tuple[int, int], list[Tensor]] = {}
+        self._host: dict[int, list[Tensor]] = {}
         self._leaving: tuple[torch.cuda.Event, Pieces] | None = None
         self._coming: dict[tuple[int, int], tuple[tuple[Tensor, ...], torch.cuda.Event | None]] = {}
         self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -33,9 +33,9 @@ class Parking:
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for i, piece in enumerate(pieces):
-                self._kept[layer, i] = self._places((layer, i), piece)
-                for place, tensor in zip(self._kept[layer, i], piece, strict=True):
+            for i, (piece, places) in enumerate(zip(pieces, self._places(layer, pieces), strict=True)):
+                self._kept[layer, i] = places
+                for tensor, place in zip(piece, places, strict=True):
                     place.copy_(tensor, non_blocking=True)
             leaving = self._stream.record_event(), pieces
         self.settle()
@@ -67,14 +67,16 @@ class Parking:
             torch.cuda.current_stream().wait_event(arrived)
         return tensors
 
-    def _places(self, key: tuple[int, int], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """In one block for all batches that are not longer; an outgrown one stays, as a captured graph may use it."""
-        if not tensors:
-            return ()
-        rooms = self._host.setdefault(key, [])
-        needed = sum(tensor.numel() for tensor in tensors)
-        if not rooms or rooms[-1].numel() < needed:
-            size = needed // len(tensors[0]) * max(len(tensors[0]), self._tokens)
-            rooms.append(torch.empty(size, dtype=tensors[0].dtype, pin_memory=self._stream is not None))
-        parts = rooms[-1][:needed].split([tensor.numel() for tensor in tensors])
-        return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+    def _places(self, layer: int, pieces: Pieces) -> list[tuple[Tensor, ...]]:
+        """In one block, as each is rounded up to a power of two, and for all batches that are not longer.
+
+        An outgrown one stays, as a captured graph may use it.
+        """
+        tensors = [tensor for piece in pieces for tensor in piece]
+        sizes, tokens = [tensor.numel() for tensor in tensors], len(tensors[0])
+        blocks = self._host.setdefault(layer, [])
+        if not blocks or blocks[-1].numel() < sum(sizes):
+            size = sum(sizes) // tokens * max(tokens, self._tokens)
+            blocks.append(torch.empty(size, dtype=tensors[0].dtype, pin_memory=self._stream is not None))
+        parts = iter(blocks[-1][: sum(sizes)].split(sizes))
+        return [tuple(next(parts).view(tensor.shape) for tensor in piece) for piece in pieces]
