@@ -128,9 +128,9 @@ def measured(model: Any, batches: list[Batch], keeping: Keeping, optim: str, tur
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    fused = FusedModel(base_of(model), keeping=keeping, full_batch=max(batch.tokens for batch in batches))
     named = TrainingArguments(output_dir=tempfile.gettempdir(), optim=optim, learning_rate=1e-5)
     optimizer = make_optimizer(trainable_parameters(model), named, flat_gradients=True)
+    fused = FusedModel(base_of(model), keeping=keeping, full_batch=max(batch.tokens for batch in batches))
     started = 0.0
     for turn in range(WARM_TURNS + turns):
         if turn == WARM_TURNS:

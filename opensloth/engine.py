@@ -16,6 +16,7 @@ from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of
 from opensloth.opensloth_config import FastModelArgs, OpenSlothConfig
 from opensloth.step import Objective
+from opensloth.training_keys import moment_bytes
 
 
 def choose(
@@ -23,23 +24,25 @@ def choose(
     rows: Rows,
     config: OpenSlothConfig,
     *,
+    optim: str,
+    longest_document: int,
     rows_per_batch: int,
     autocast: torch.dtype | None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[Objective, str]:
     """The objective of the engine that `config` asks for, and why it is this one.
 
+    optim: as TrainingArguments name it. longest_document: tokens, of all that it will train on or evaluate.
     Raises ConfigError when `engine: fused` is asked for and cannot be had.
     """
     if config.engine == "torch":
         return Objective(model, autocast=autocast, beat=beat), "asked for"
-    longest = int(rows.documents.lengths[rows.members].max())
-    reason = reason_against(model, packed=rows.packed, longest_document=longest, autocast=autocast)
+    reason = reason_against(model, packed=rows.packed, longest_document=longest_document, autocast=autocast)
     if reason is None:
         from opensloth.fused.objective import FusedObjective
 
         full = rows_per_batch * rows.capacity
-        keeping = _keeping(model, config.fast_model_args, full)
+        keeping = _keeping(model, config.fast_model_args, full, moment_bytes(optim))
         why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
         objective = FusedObjective(model, autocast=autocast, keeping=keeping, full_batch=full, beat=beat)
         return objective, f"{why}; keeps {keeping}"
@@ -49,7 +52,7 @@ def choose(
     return Objective(model, autocast=autocast, beat=beat), f"the fast path cannot train this: {reason}"
 
 
-def _keeping(model: nn.Module, args: FastModelArgs, tokens: int) -> Keeping:
+def _keeping(model: nn.Module, args: FastModelArgs, tokens: int, moments: int) -> Keeping:
     """use_gradient_checkpointing: false keeps all, true the layers' inputs, "unsloth" something in host memory."""
     asked = args.use_gradient_checkpointing
     if isinstance(asked, bool):
@@ -60,15 +63,17 @@ def _keeping(model: nn.Module, args: FastModelArgs, tokens: int) -> Keeping:
     return roomiest(
         base.config,
         tokens,
-        _free_bytes(),
+        _free_bytes(base.device),
         rank=rank,
+        moments=moments,
         in_host=asked == "unsloth",
         speeds=lambda: speeds_of(base.device),
     )
 
 
-def _free_bytes() -> int:
-    """On the GPU, if there is one."""
-    if not torch.cuda.is_available():
+def _free_bytes(device: torch.device) -> int:
+    """For this process on a GPU; a CPU has no end."""
+    if device.type != "cuda":
         return sys.maxsize
-    return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + cached)

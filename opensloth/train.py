@@ -188,16 +188,12 @@ def _cause_of(error: BaseException, run: Path | None = None) -> tuple[str, str, 
     """(cause, message, hint) of whatever ended this rank. run: its folder."""
     if isinstance(error, OpenSlothError):
         return error.cause, error.message, error.hint
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if (lack := _lack_of_memory(error)) is not None:
         hint = (
-            "try a smaller training.per_device_train_batch_size or max_seq_length, "
-            "or opensloth.fast_model_args.use_gradient_checkpointing: true"
+            "try a smaller training.per_device_train_batch_size or opensloth.fast_model_args.max_seq_length; "
+            "load_in_4bit and use_gradient_checkpointing: unsloth (both of fast_model_args) take least"
         )
-        return (
-            Cause.OUT_OF_MEMORY,
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'host'}",
-            hint,
-        )
+        return Cause.OUT_OF_MEMORY, f"out of memory: {str(lack).splitlines()[0] if str(lack) else 'host'}", hint
     fault = fault_of_volume(error)
     if fault is not None and may_pass(fault):
         return Cause.VOLUME, f"the volume failed ({fault})", ""
@@ -217,6 +213,19 @@ def _cause_of(error: BaseException, run: Path | None = None) -> tuple[str, str, 
     if isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in lost):
         return Cause.PEER_LOST, f"another rank went away ({text.splitlines()[0]})", ""
     return Cause.ERROR, text.splitlines()[0], "the whole traceback is in the rank's log"
+
+
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def _lack_of_memory(error: BaseException) -> BaseException | None:
+    """The error of this chain that tells of it: what ends a graph's capture or a `finally` can come after it."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, torch.OutOfMemoryError | MemoryError) or any(sign in str(link) for sign in _NO_MEMORY):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _refused(error: BaseException, run: Path) -> Ending | None:

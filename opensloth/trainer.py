@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -98,6 +99,8 @@ class SftTrainer:
             model,
             train_rows,
             config.opensloth,
+            optim=self._training.optim,
+            longest_document=max(rows.longest for rows in (train_rows, eval_rows) if rows is not None and len(rows)),
             rows_per_batch=self.plan.shape.per_device,
             autocast=autocast,
             beat=place.pulse.beat,
@@ -155,9 +158,14 @@ class SftTrainer:
                     self._leave_if_asked(step)
                     self._meter.add(self._step(step, ahead))
                     self._after_step(step + 1)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # what the batch kept is in the way of giving weights back
+            raise
         finally:
-            self.objective.release()
-            self._reporting.end()
+            try:
+                self.objective.release()
+            finally:
+                self._reporting.end()
         return TrainResult(
             self.plan.total_steps, self._loss, self._eval_loss, self._targets_seen, time.monotonic() - started
         )

@@ -154,6 +154,21 @@ PLAIN_OPTIMIZER = "adamw_torch"
 """What takes the place of a default that cannot be had."""
 
 
+_MOMENT_BYTES: Final = {
+    "adamw_torch": 12, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "ademamix": 12, "ademamix_8bit": 3,
+    "lion_8bit": 1, "lion_32bit": 4, "adagrad": 8, "rmsprop": 8,
+}  # fmt: skip
+
+
+def moment_bytes(optimizer: str) -> int:
+    """Of GPU memory for each trained weight, with what a step makes of all of them at once (torch's own, unless fused:
+    a root).
+
+    Adafactor and SGD keep next to nothing; paged ones make room by themselves.
+    """
+    return _MOMENT_BYTES.get(optimizer, 0)
+
+
 def needs_bitsandbytes(optimizer: str) -> bool:
     """On CUDA, by transformers' name of it."""
     return optimizer not in _OWN_OPTIMIZERS

@@ -26,7 +26,7 @@ from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS, LoraArgs
 from opensloth.run_config import RunConfig
 from opensloth.speed_estimate import Step, copies_keep_up, tokens_per_second
-from opensloth.training_keys import PLAIN_OPTIMIZER, needs_bitsandbytes
+from opensloth.training_keys import PLAIN_OPTIMIZER, moment_bytes, needs_bitsandbytes
 from runner.gpu import THIS_MACHINE, Gpu
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ ROUGH: Final = 1.25
 """An estimate that is only about right must be over a card's memory by this before it is believed."""
 _DOCUMENT: Final = 500
 """Tokens of a document where nobody has counted them; only attention depends on it."""
-_MOMENTS: Final = {
-    "adamw_torch": 12, "adamw_torch_fused": 8, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "ademamix": 12, "ademamix_8bit": 3,
-    "lion_8bit": 1, "lion_32bit": 4, "adagrad": 8, "rmsprop": 8,
-}  # fmt: skip
-"""Bytes for each trained weight, with what a step makes of all of them at once (torch's own, unless fused: a root).
-Adafactor and SGD keep next to nothing; paged ones make room by themselves."""
 _RECOMPUTE: Final = "opensloth.fast_model_args.use_gradient_checkpointing"
 _BY_PLAIN_TORCH: Final = (Keep.INPUTS,)
 """Unless it is told not to."""
@@ -326,7 +320,7 @@ def _method(config: RunConfig, shape: ModelShape, gpu: Gpu, *, fused: bool, quan
         rank=0 if args.full_finetuning else adapter.r,
         targets=() if args.full_finetuning else tuple(adapter.selected_modules()),
         bits=bits,
-        moments=_MOMENTS.get(optimizer, 0),
+        moments=moment_bytes(optimizer),
         fused=fused,
     )
 

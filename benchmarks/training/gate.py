@@ -68,10 +68,19 @@ def _own_gradient(assets: Assets, leg: Leg, *, leak: bool) -> dict[str, Any]:
     model = load_model(config.opensloth, device, bf16=bool(config.training.bf16))
     rows = read(assets.gate)
     documents = InMemoryDocuments(rows, name="gate", vocabulary=vocabulary_of(model), max_length=leg.row)
-    isolate_documents(model, max(len(row["input_ids"]) for row in rows))
+    longest = max(len(row["input_ids"]) for row in rows)
+    isolate_documents(model, longest)
     packed = make_rows(documents, leg.row, packed=True, pad_id=0)
     autocast = torch.bfloat16 if config.training.bf16 else None
-    objective, _ = engine.choose(model, packed, config.opensloth, rows_per_batch=leg.rows, autocast=autocast)
+    objective, _ = engine.choose(
+        model,
+        packed,
+        config.opensloth,
+        optim=config.training.optim,
+        longest_document=longest,
+        rows_per_batch=leg.rows,
+        autocast=autocast,
+    )
     batch = flat_batch(documents, np.arange(len(rows)))
     if leak:
         batch.inputs["document_offsets"] = batch.inputs["document_offsets"][[0, -1]]

@@ -62,6 +62,11 @@ class Rows:
         """Equal for equal rows: what a checkpoint is tied to."""
         return plan_sha256(PackPlan(self.plan.starts, self.members[self.plan.documents]))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.documents.lengths[self.members].max())
+
     def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
         """The tensors of some rows, at least one."""
         chosen = self.members[np.concatenate([self.plan.row(int(row)) for row in rows])]

@@ -87,11 +87,13 @@ class Graphs:
         tokens, targets = self._most
         if len(inputs.ids) <= tokens and len(inputs.targets) <= targets:
             return
+        if self._device.type == "cuda":
+            self._captured.clear()
+            self._begin_pool()
         self._most = max(tokens, len(inputs.ids)), max(targets, len(inputs.targets))
-        if self._device.type != "cuda":
-            return
+
+    def _begin_pool(self) -> None:
         torch.cuda.synchronize(self._device)
-        self._captured.clear()
         self._pool, self._anchor = _Pool(torch.cuda.graph_pool_handle()), torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()
         with torch.cuda.graph(self._anchor, pool=self._pool.id, stream=_stream(self._device)):

@@ -17,8 +17,6 @@ from opensloth.model_shape import ModelShape
 from opensloth.opensloth_config import LORA_TARGETS
 from opensloth.speed_estimate import copies_keep_up
 
-_MOMENTS_BYTES = 12
-"""Of a trained weight: AdamW's, and a root of one while it steps. No optimizer takes more."""
 _MEASURED_BYTES, _MEASURED_TIMES = 1 << 26, 4
 _SHARE = 4
 """All of a node's processes together put into one part in so many of its memory what does not fit on their GPUs."""
@@ -30,17 +28,19 @@ def roomiest(
     free: int,
     *,
     rank: int,
+    moments: float,
     in_host: bool = False,
     speeds: Callable[[], tuple[float, float] | None] = lambda: None,
 ) -> Keeping:
     """The first choice that fits, the fastest ones come first.
 
     config: the model's. tokens: of a batch. free: bytes on the device, with the model loaded and nothing else.
-    rank: of its adapter; 0: every weight is trained. in_host: of the choices that keep something in host memory.
+    rank: of its adapter; 0: every weight is trained. moments: as `Method` has it. in_host: of the choices that keep
+    something in host memory.
     speeds: operations, and bytes to host memory, a second, if they are known; asked for when they matter.
     """
     shape = ModelShape.from_config(config.to_dict())
-    method = Method(rank, LORA_TARGETS, shape.bits, _MOMENTS_BYTES, fused=True)
+    method = Method(rank, LORA_TARGETS, shape.bits, moments, fused=True)
     left, batch = free - memory_estimate.to_come(shape, method), Batch(tokens, tokens)
     if not in_host and (found := memory_estimate.roomiest(shape, method, batch, left, (Keep.ALL,))):
         return found

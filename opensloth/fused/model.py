@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ class FusedModel:
     """
 
     def __init__(self, base: Any, *, keeping: Keeping, full_batch: int = 0, chunk: int | None = None) -> None:
-        """full_batch: tokens of one, if they are known. chunk: of an MLP at a time where it is computed again; None:
-        `mlp_part`.
+        """base: transformers' model, without an adapter's wrapper. keeping: for the backward pass. full_batch: tokens
+        of one, if they are known. chunk: of an MLP at a time where it is computed again; None: `mlp_part`.
+
+        The optimizer's parameters must lie where it wants them by now. After an error `base` is as it was.
         """
         self._full_batch = full_batch
         decoder = base.model
@@ -38,41 +41,57 @@ class FusedModel:
         self._norm = Norm(decoder.norm)
         self._head_weight: nn.Parameter = base.lm_head.weight
         self._device = self._head_weight.device
+        try:
+            with self._current_device():
+                self._take_over(base, keeping, chunk or mlp_part(base.config.intermediate_size, keeping.keep))
+        except BaseException:
+            vars(self).clear()
+            _give_back_weights(base)
+            raise
+
+    def _take_over(self, base: Any, keeping: Keeping, chunk: int) -> None:
         dtype = torch.bfloat16 if self._device.type == "cuda" else self._head_weight.dtype
         self._head = self._head_weight.data.to(dtype)  # itself, unless it is trained in another type
-        chunk = chunk or mlp_part(base.config.intermediate_size, keeping.keep)
-        shared: list[Shared] = [{}, {}, {}, {}]
-        count = len(decoder.layers)
-        keeps = [keeping.of_layer(i, count) for i in range(count)]
-        self._layers: list[Layer] = []
-        for i, module in enumerate(decoder.layers):
-            _give_back_cached(self._device)
-            keeps_mlp = keeping.keeps_mlp(i, count)
-            self._layers.append(Layer(module, dtype, shared, keep=keeps[i], keeps_mlp=keeps_mlp, chunk=chunk))
-        _give_back_cached(self._device)
-        self._offload = Offload(self._device, padded_tokens(full_batch, full_batch))
-        # What the last layer keeps is needed next.
-        self._offloaded = [keep in IN_HOST and i < count - 1 for i, keep in enumerate(keeps)]
+        self._layers = self._layers_of(base.model.layers, dtype, keeping, chunk)
         self._projections = [projection for layer in self._layers for projection in layer.projections]
+        count = len(self._layers)
+        self._offload = Offload(self._device, padded_tokens(self._full_batch, self._full_batch))
+        # What the last layer keeps is needed next.
+        self._offloaded = [keeping.of_layer(i, count) in IN_HOST and i < count - 1 for i in range(count)]
         self._borders = operations.Copies([entry for p in self._projections for entry in p.borders()])
         self._copies = [copy for projection in self._projections for copy in projection.copies()]
         if self._head.dtype != self._head_weight.dtype:
             self._copies.append((self._head_weight, self._head))
-        parts = flat.arrange([p for p in base.parameters() if p.requires_grad])
+        self._lay_out_gradients([p for p in base.parameters() if p.requires_grad])
+        self._graphs = Graphs(self._device)
+        self._offloads_embedding = keeping.keep in IN_HOST and self._may_offload_embedding(dtype)
+        if self._offloads_embedding:  # at the end: before, an error would leave it there
+            here = self._embedding.data
+            self._embedding.data = torch.empty(here.shape, dtype=here.dtype, pin_memory=True).copy_(here)
+
+    def _layers_of(self, modules: Any, dtype: torch.dtype, keeping: Keeping, chunk: int) -> list[Layer]:
+        """modules: transformers' layers."""
+        shared: list[Shared] = [{}, {}, {}, {}]
+        count, layers = len(modules), []
+        for i, module in enumerate(modules):
+            _give_back_cached(self._device)
+            keep, keeps_mlp = keeping.of_layer(i, count), keeping.keeps_mlp(i, count)
+            layers.append(Layer(module, dtype, shared, keep=keep, keeps_mlp=keeps_mlp, chunk=chunk))
+        _give_back_cached(self._device)
+        return layers
+
+    def _lay_out_gradients(self, trained: list[nn.Parameter]) -> None:
+        parts = flat.arrange(trained)
         self.gradient = torch.zeros(flat.size_of(parts), dtype=torch.float32, device=self._device)
-        """All gradients end to end."""
+        """All gradients end to end, float32 [n], as `flat.arrange` has them."""
         self._parameters = [parameter for part in parts for parameter in part.parameters]
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._views = [view for part in parts for view in flat.views(part, self.gradient[part.begin :])]
         self.begin_step()
         of_shape = {projection.shape: projection for projection in self._projections}
         rooms = {shape: projection.room_to_stage() for shape, projection in of_shape.items()}
         for layer in self._layers:
             layer.use_staging([rooms[projection.shape] for projection in layer.projections])
-        self._graphs = Graphs(self._device)
-        self._offloads_embedding = keeping.keep in IN_HOST and self._may_offload_embedding(dtype)
-        if self._offloads_embedding:  # at the end: before, an error would leave it there
-            here = self._embedding.data
-            self._embedding.data = torch.empty(here.shape, dtype=here.dtype, pin_memory=True).copy_(here)
 
     def release(self) -> None:
         """Leave the transformers model as it was found, trained; this object must not be used any more.
@@ -85,14 +104,18 @@ class FusedModel:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a graph may still be copying to host memory that is given back
         vars(self).clear()
+        for parameter in parameters:
+            parameter.grad = None
         while projections:
             _give_back_cached(device)
             projections.pop().release()
         _give_back_cached(device)
         if offloaded is not None:
             offloaded.data = offloaded.data.to(device)
-        for parameter in parameters:
-            parameter.grad = None
+
+    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Kernels are launched on the current device, wherever their tensors are."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _may_offload_embedding(self, dtype: torch.dtype) -> bool:
         """Whether host memory is as good a place: a batch reads few rows, and nobody writes any.
@@ -104,14 +127,20 @@ class FusedModel:
         return self._device.type == "cuda" and frozen and host_has_room(weight.nbytes)
 
     def begin_step(self) -> None:
-        """Take note of what the optimizer did, and start all gradients at zero."""
+        """Take note of what the optimizer did, and start all gradients at zero.
+
+        Raises RuntimeError when trained parameters were moved since: kernels know them by their addresses.
+        """
+        if self._addresses != [parameter.data_ptr() for parameter in self._parameters]:
+            raise RuntimeError("trained parameters were moved: the optimizer has to be made before the fast path is")
         self.gradient.zero_()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
         self._refresh()
 
     def _refresh(self) -> None:
-        self._borders.run(add=False)
+        with self._current_device():
+            self._borders.run(add=False)
         if self._copies:  # of hundreds, one by one, a step would wait for their launches
             torch._foreach_copy_([place for _, place in self._copies], [weight.data for weight, _ in self._copies])
 
@@ -128,13 +157,15 @@ class FusedModel:
 
         batch: flat, on the CPU.
         """
-        return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale, self._full_batch)))
+        with self._current_device():
+            return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale, self._full_batch)))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
         self._refresh()
-        return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0, self._full_batch)))
+        with self._current_device():
+            return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0, self._full_batch)))
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """One batch, forward alone; returns its sum of losses."""
@@ -217,19 +248,28 @@ class FusedModel:
         rms = self._norm.forward(x, normed)
         size = max(1, LOGITS_BYTES // (self._head.shape[0] * self._head.element_size()))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        dnormed = torch.empty_like(normed)
+        dnormed = torch.empty_like(normed) if dx is not None else None
         for begin in range(0, len(x), size):
             part = slice(begin, begin + size)
             logits = normed[part] @ self._head.T
             total += operations.cross_entropy_(logits, inputs.targets[part], inputs.scale).sum()
-            if dx is not None:
+            if dnormed is not None:
                 torch.mm(logits, self._head, out=dnormed[part])
                 if self._head_weight.requires_grad:
                     operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), keep=True)
             del logits  # before the next part's are made
-        if dx is not None:
+        if dx is not None and dnormed is not None:
             self._norm.backward(dnormed, x, rms, None, dx)
         return total
+
+
+def _give_back_weights(base: Any) -> None:
+    """Weights of their own to layers that some projection had begun to take over when it failed."""
+    for module in base.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            weight = module.weight
+            if weight.untyped_storage().nbytes() > weight.nbytes:
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
 def _give_back_cached(device: torch.device) -> None:

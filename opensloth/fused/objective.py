@@ -43,9 +43,9 @@ class FusedObjective(Objective):
         return self._taken_up
 
     def release(self) -> None:
-        if self._taken_up is not None:
-            self._taken_up.release()
-            self._taken_up = None
+        taken_up, self._taken_up = self._taken_up, None  # also where giving back fails: half of it is of no use
+        if taken_up is not None:
+            taken_up.release()
 
     def loss_sum(self, batch: Batch) -> Tensor:
         self._beat()

@@ -16,6 +16,7 @@ class Offload:
 
     def __init__(self, device: torch.device, tokens: int) -> None:
         """tokens: for which there is room from the first batch on."""
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tokens = tokens
         self._host: dict[int, list[Tensor]] = {}
@@ -31,7 +32,7 @@ class Offload:
         if self._stream is None:
             self._kept |= {(layer, i): piece for i, piece in enumerate(pieces)}
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for i, (piece, places) in enumerate(zip(pieces, self._places(layer, pieces), strict=True)):
                 self._kept[layer, i] = places
@@ -44,7 +45,7 @@ class Offload:
     def settle(self) -> None:
         """Wait until all have left: their memory can be used."""
         if self._leaving is not None:
-            torch.cuda.current_stream().wait_event(self._leaving[0])
+            torch.cuda.current_stream(self._device).wait_event(self._leaving[0])
             self._leaving = None
 
     def fetch(self, layer: int, piece: int) -> None:
@@ -53,8 +54,8 @@ class Offload:
         if self._stream is None:
             self._coming[layer, piece] = kept, None
             return
-        rooms = tuple(torch.empty(host.shape, dtype=host.dtype, device=self._stream.device) for host in kept)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        rooms = tuple(torch.empty(host.shape, dtype=host.dtype, device=self._device) for host in kept)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for room, host in zip(rooms, kept, strict=True):
                 room.copy_(host, non_blocking=True)
@@ -64,13 +65,14 @@ class Offload:
         """The tensors that `fetch` has brought."""
         tensors, arrived = self._coming.pop((layer, piece))
         if arrived is not None:
-            torch.cuda.current_stream().wait_event(arrived)
+            torch.cuda.current_stream(self._device).wait_event(arrived)
         return tensors
 
     def _places(self, layer: int, pieces: Pieces) -> list[tuple[Tensor, ...]]:
         """In one block, as each is rounded up to a power of two, and for all batches that are not longer.
 
-        An outgrown one stays, as a captured graph may use it.
+        An outgrown one stays, as a captured graph may use it: graphs are not captured anew for a batch that outgrows it
+        but is shorter than an evaluation's.
         """
         tensors = [tensor for piece in pieces for tensor in piece]
         sizes, tokens = [tensor.numel() for tensor in tensors], len(tensors[0])

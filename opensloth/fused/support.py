@@ -25,9 +25,10 @@ def reason_against(
 
 
 def _machine(model: nn.Module, packed: bool, autocast: torch.dtype | None) -> str | None:
-    if next(model.parameters()).device.type != "cuda":
+    device = next(model.parameters()).device
+    if device.type != "cuda":
         return "there is no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
@@ -44,7 +45,10 @@ def reason_against_model(model: nn.Module, longest_document: int) -> str | None:
     config: Any = base_of(model).config
     if config.model_type not in EXACT:
         return f"it does not know {config.model_type} models"
-    shape = ModelShape.from_config(config.to_dict())
+    try:
+        shape = ModelShape.from_config(config.to_dict())
+    except ValueError as error:
+        return str(error)
     if shape.reason_against_fused is None and shape.window is not None and shape.window < longest_document:
         return f"documents of up to {longest_document} tokens are longer than the attention window of {shape.window}"
     return shape.reason_against_fused
@@ -58,9 +62,11 @@ def _adapters(model: nn.Module) -> str | None:
     if len(adapters) != 1:
         return "there is more than one adapter"
     (lora,) = adapters.values()
+    if lora.peft_type != "LORA":
+        return f"it does not know {getattr(lora.peft_type, 'value', lora.peft_type)} adapters"
     if lora.lora_dropout:
         return "it has no adapter dropout"
-    if lora.use_dora or lora.bias != "none" or lora.modules_to_save:
+    if lora.use_dora or lora.lora_bias or lora.bias != "none" or lora.modules_to_save:
         return "the adapter trains more than two low-rank matrices"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -267,3 +267,28 @@ def test_what_is_behind_a_librarys_error(number: int, cause: str) -> None:
             library()
         assert _cause_of(caught.value)[0] == cause
     assert fault_of_volume(RuntimeError("a mistake")) is None
+
+
+def test_what_tells_of_memory_is_found_behind_what_came_after() -> None:
+    def after(first: BaseException) -> BaseException:
+        try:
+            try:
+                raise first
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            return error
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for error in (
+        full,
+        after(full),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ):
+        cause, message, hint = _cause_of(error)
+        assert cause == Cause.OUT_OF_MEMORY
+        assert message.startswith("out of memory: ")
+        assert "use_gradient_checkpointing: unsloth" in hint
+    assert _cause_of(after(ValueError("a mistake")))[0] == Cause.ERROR

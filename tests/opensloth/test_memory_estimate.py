@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from qwen_shapes import QWEN
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from opensloth.fused.keeping import roomiest
+from opensloth.fused import keeping as choice
 from opensloth.fused.model import FusedModel
 from opensloth.fused.operations import Documents
 from opensloth.fused.support import reason_against_model
@@ -245,15 +245,19 @@ def test_what_is_kept_is_as_much_as_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     config = tiny.CONFIGS["qwen2"]()
     for key, value in QWEN["7b"].items():
         setattr(config, key, value)
-    kept = [roomiest(config, 8192, gib * GIB, rank=8) for gib in (64, 20, 4, 1)]
+
+    def roomiest(gib: int, *, rank: int = 8, moments: float = 8, **given: Any) -> Keeping:
+        return choice.roomiest(config, 8192, gib * GIB, rank=rank, moments=moments, **given)
+
+    kept = [roomiest(gib) for gib in (64, 20, 4, 1)]
     assert kept == [ALL_KEPT, Keeping(Keep.INPUTS, 17), Keeping(Keep.INPUTS, 1), Keeping(Keep.HOST_INPUTS)]
     known = 700e12, 56e9  # as an H100
-    kept = [roomiest(config, 8192, gib * GIB, rank=8, speeds=lambda: known) for gib in (64, 12, 4, 0)]
-    assert kept == [ALL_KEPT, Keeping(Keep.HOST, 17), Keeping(Keep.HOST, 5), Keeping(Keep.HOST_INPUTS)]
+    kept = [roomiest(gib, speeds=lambda: known) for gib in (64, 12, 4, 0)]
+    assert kept == [ALL_KEPT, Keeping(Keep.HOST, 18), Keeping(Keep.HOST, 5), Keeping(Keep.HOST_INPUTS)]
     slower = 700e12, 40e9
-    assert roomiest(config, 8192, 20 * GIB, rank=8, speeds=lambda: slower) == Keeping(Keep.INPUTS, 17)
-    nothing = roomiest(config, 8192, 64 * GIB, rank=0)
-    assert nothing == Keeping(Keep.HOST_INPUTS), "moments of every weight do not leave room"
+    assert roomiest(20, speeds=lambda: slower) == Keeping(Keep.INPUTS, 17)
+    of_every_weight = [roomiest(gib, rank=0, moments=moments) for gib, moments in ((64, 8), (110, 8), (110, 2))]
+    assert of_every_weight == [Keeping(Keep.HOST_INPUTS), Keeping(Keep.INPUTS, 9), ALL_KEPT], "moments take room"
 
 
 def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,9 +273,9 @@ def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPat
     scarce = Keeping(Keep.HOST_INPUTS), Keeping(Keep.HOST_INPUTS, 1)
     for usable, (asked, fitting) in ((None, enough), (8 * pinned, enough), (8 * pinned - 1, scarce)):
         monkeypatch.setattr(machine, "usable_memory", lambda usable=usable: usable)
-        assert roomiest(config, 8192, 64 * GIB, rank=8, in_host=True) == asked
-        assert roomiest(config, 8192, 64 * GIB, rank=8) == ALL_KEPT
-        assert roomiest(config, 8192, 2 * GIB, rank=8) == fitting
+        ways = ((64, True), (64, False), (2, False))
+        found = [choice.roomiest(config, 8192, gib * GIB, rank=8, moments=8, in_host=in_host) for gib, in_host in ways]
+        assert found == [asked, ALL_KEPT, fitting]
 
 
 def tiny_model(family: str) -> Any:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from opensloth import checkpoint, packing_check
+from opensloth import checkpoint, engine, packing_check
 from opensloth.contract import Cause
 from opensloth.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from opensloth.files import create_json
@@ -331,6 +331,21 @@ def test_the_loss_that_is_logged_after_resuming_counts_the_steps_before(tmp_path
     after = {step: loss for step, loss in losses(tmp_path / "whole").items() if step > 3}
     assert losses(tmp_path / "resumed") == after
     assert sorted(after) == [4, 8]
+
+
+def test_the_engine_is_chosen_by_the_longest_document_of_both_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention window that only an evaluation's document is longer than would be ignored there without a word."""
+    seen: dict[str, Any] = {}
+    choose = engine.choose
+    monkeypatch.setattr(engine, "choose", lambda *args, **given: seen.update(given) or choose(*args, **given))
+    longer = {"input_ids": [5] * 60, "labels": [5] * 60}
+    assert max(len(row["input_ids"]) for row in ROWS) < 60
+    create_sft_trainer(
+        tiny.make_model(), tiny.make_tokenizer(), ROWS, config(), arguments(tmp_path), eval_dataset=[longer]
+    )
+    assert (seen["longest_document"], seen["optim"]) == (60, arguments(tmp_path).optim)
 
 
 def test_evaluation_is_the_token_weighted_loss(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import tiny
 import torch
 from keepings import ALL_KEPT, every_keeping
 from measured import at_most
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_utils
 
 from opensloth import attention, engine
@@ -331,6 +332,53 @@ def test_what_is_released_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         gc.enable()
 
 
+def test_parameters_that_were_moved_are_not_trained_in_their_old_places() -> None:
+    """An optimizer that lays them end to end has to be made first."""
+    model = model_of("llama")
+    fused = FusedModel(base_of(model), keeping=ALL_KEPT)
+    moved = trainable_parameters(model)[3]
+    moved.data = moved.data.clone()
+    with pytest.raises(RuntimeError, match="trained parameters were moved"):
+        fused.begin_step()
+
+
+@pytest.mark.parametrize("nth", [0, 2, 5])
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever of a layer's four projections: their weights lie in buffers by then."""
+    model, made = model_of("qwen2"), []
+    before = bits(model)
+    take_over = Projection._take_over_weight
+
+    def failing(self: Projection, *given: Any) -> None:
+        take_over(self, *given)
+        made.append(self)
+        if len(set(made)) > nth:
+            raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(Projection, "_take_over_weight", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        FusedModel(base_of(model), keeping=ALL_KEPT)
+    after = bits(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name, weight in model.named_parameters():
+        assert weight.untyped_storage().nbytes() == weight.nbytes, f"{name} still lies in a buffer"
+
+
+def test_after_giving_back_has_failed_a_new_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("llama"), packed(documents())
+    objective = FusedObjective(model, autocast=None, keeping=ALL_KEPT)
+    objective.begin_step()
+    loss = objective.accumulate(batch, 1.0).item()
+    with monkeypatch.context() as patch:
+        patch.setattr(Projection, "release", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+        with pytest.raises(torch.OutOfMemoryError):
+            objective.release()
+    objective.begin_step()
+    assert objective.accumulate(batch, 1.0).item() == loss
+    objective.release()
+
+
 def test_a_frozen_weight_of_another_type_keeps_its_own() -> None:
     """While the check before the first step looks at some of them, the others of a full training are frozen."""
     linear = torch.nn.Linear(32, 48, bias=False).requires_grad_(False)
@@ -469,14 +517,25 @@ def test_models_that_it_does_not_know(kind: str, changes: dict[str, Any], reason
     assert reason in (reason_against_model(model, 200) or "")
 
 
+def test_a_config_that_sizes_cannot_be_told_from_is_a_reason() -> None:
+    model = tiny.make_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert "quantised in a way" in (reason_against_model(model, 8) or "")
+
+
 def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
     model, rows = model_of("llama"), make_rows(documents(), 256, packed=True, pad_id=0)
-    chosen, why = engine.choose(model, rows, config(), rows_per_batch=1, autocast=None)
+
+    def choose(**settings: Any) -> tuple[Objective, str]:
+        given = {"optim": "adamw_torch", "longest_document": 200, "rows_per_batch": 1, "autocast": None}
+        return engine.choose(model, rows, config(**settings), **given)
+
+    chosen, why = choose()
     assert (chosen.engine, type(chosen)) == ("torch", Objective)
     assert why == "the fast path cannot train this: there is no CUDA device"
     with pytest.raises(ConfigError, match="the fast path cannot train this: there is no CUDA device"):
-        engine.choose(model, rows, config(engine="fused"), rows_per_batch=1, autocast=None)
-    assert engine.choose(model, rows, config(engine="torch"), rows_per_batch=1, autocast=None)[1] == "asked for"
+        choose(engine="fused")
+    assert choose(engine="torch")[1] == "asked for"
 
 
 @pytest.mark.parametrize(
@@ -484,18 +543,24 @@ def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
     [
         ({}, None),
         ({"lora_dropout": 0.1}, "dropout"),
+        ({"peft": IA3Config(target_modules=["k_proj"], feedforward_modules=[])}, "IA3 adapters"),
+        ({"peft": LoraConfig(target_modules=["q_proj"], lora_bias=True)}, "more than two low-rank matrices"),
         ({"full": True}, None),
         ({"full": "some"}, "only some"),
         ({"half": True}, "float32"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
 def test_adapters_that_it_does_not_know(
     settings: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opensloth.fused.support._machine", lambda *_: None)
     monkeypatch.setattr("opensloth.model_shape.HEAD_SIZES", {8})
-    full, half = settings.pop("full", False), settings.pop("half", False)
-    model = tiny.make_model("llama") if full else model_of("llama", **settings)
+    full, half, other = (settings.get(name, False) for name in ("full", "half", "peft"))
+    kept = {name: value for name, value in settings.items() if name not in ("full", "half", "peft")}
+    model = tiny.make_model("llama") if full or other else model_of("llama", **kept)
+    if other:
+        model = get_peft_model(model, other)
     if full == "some":
         model.model.norm.weight.requires_grad_(False)
     if half:
