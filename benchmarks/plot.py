@@ -32,15 +32,15 @@ def main() -> None:
     if not found:
         raise SystemExit(f"{sys.argv[1]}: no case has figures of oslo and of a peer")
     figure, axes = plt.subplots(figsize=(11, 0.9 + 0.6 * len(found)), layout="constrained")
+    for name, colour in MARKS.items():
+        bars = {place: bar for place, (case, _) in enumerate(found) if (bar := getattr(case, name)) is not None}
+        ends = ([place + side * MARK_HEIGHT / 2 for place in bars] for side in (-1, 1))
+        axes.vlines(list(bars.values()), *ends, color=colour, label=name, zorder=3)
     for place, (case, one) in enumerate(found):
         axes.barh(place, one.value, HEIGHT, color=COLOUR)
-        for name, colour in MARKS.items():
-            if (bar := getattr(case, name)) is not None:
-                ends = (place - MARK_HEIGHT / 2, place + MARK_HEIGHT / 2)
-                axes.vlines(bar, *ends, color=colour, label=None if place else name)
         right = max(one.value, case.must or 0, case.aim or 0)
         words = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(_words(one, results), (right, place), **words).set_in_layout(False)
+        axes.annotate(_words(one), (right, place), **words).set_in_layout(False)
     axes.set_yticks(range(len(found)), [f"{textwrap.fill(case.title, 36)}  {one.value:.2f}" for case, one in found])
     axes.invert_yaxis()
     axes.set_xlabel(f"tokens a second, times the best peer's; {results.about['gpu']}, {results.about['date']}")
@@ -50,10 +50,10 @@ def main() -> None:
     figure.savefig(picture, metadata={"Date": None})
 
 
-def _words(one: Outcome, results: Results) -> str:
+def _words(one: Outcome) -> str:
     assert one.own is not None
     assert one.peer is not None
-    own, peer = (results.figures(leg) for leg in (one.own, one.peer))
+    own, peer = (one.results.figures(leg) for leg in (one.own, one.peer))
     beside = f"{one.peer.program}'s {rate(peer):,.0f} at {peak(peer):.1f}"
     return f"{rate(own):,.0f} tokens/s at {peak(own):.1f} GiB; {beside}"
 

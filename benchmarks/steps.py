@@ -84,7 +84,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--optim", choices=MOMENTS, default="adamw_torch_fused")
     parser.add_argument("--keep", type=_keepings, default=[Keeping(Keep.ALL)])
     parser.add_argument("--turns", type=int, default=4, help=f"timed turns of {BATCHES} steps")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    layers = made.SHAPES[asked.shape]["num_hidden_layers"]
+    if too_many := [keeping for keeping in asked.keep if not 0 <= keeping.whole < layers]:
+        parser.error(f"--keep: {too_many[0]}: {asked.shape} has {layers} layers")
+    return asked
 
 
 def _keepings(text: str) -> list[Keeping]:

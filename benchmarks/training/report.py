@@ -29,9 +29,7 @@ def text(results: Results, names: list[str]) -> str:
     lines += [_leg_line(leg, results) for leg in legs if results.figures(leg)]
     lines += [""] + [f"- {leg.name}: {why}" for leg in legs if (why := _why_not(leg, results))]
     if (machines := len({one["machine"] for leg in legs for one in results.figures(leg)})) > 1:
-        lines.append(
-            f"\nFrom {machines} machines: figures of one program differ between them, so ratios are each machine's own."
-        )
+        lines.append(f"\nFrom {machines} machines, which differ. A case tells of one that ran both, the worse of two.")
     return "\n".join(lines) + "\n"
 
 
@@ -39,7 +37,7 @@ def _case_line(case: Case, results: Results) -> str:
     found = outcome(case, results)
     cells = []
     for leg in (found.own, found.peer):
-        figures = results.figures(leg) if leg else []
+        figures = found.results.figures(leg) if leg else []
         shown = "first_step_seconds" if case.seconds else "tokens_per_second"
         name = f" ({leg.name})" if leg else ""
         cells += [_spread(figures, shown) + name, f"{peak(figures):.2f}" if figures else ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -46,6 +47,13 @@ class Results:
     def figures(self, leg: Leg) -> list[dict[str, Any]]:
         """One for each turn that it has finished."""
         return list(self.legs.get(leg.name, {"turns": {}})["turns"].values())
+
+    def of_machine(self, machine: str | None) -> Results:
+        """Without the turns that others ran."""
+        legs = {name: dict(leg) for name, leg in self.legs.items()}
+        for leg in legs.values():
+            leg["turns"] = {turn: one for turn, one in leg["turns"].items() if one.get("machine") == machine}
+        return dataclasses.replace(self, legs=legs)
 
     def barred(self, leg: Leg) -> bool:
         """Whether it is not to be tried (again)."""
@@ -93,20 +101,32 @@ def best(results: Results, legs: Iterable[Leg], better: Callable[[list[dict[str,
 
 @dataclass(frozen=True)
 class Outcome:
-    """own, peer: the legs compared. value: the ratio, machine by machine, or with `seconds` the difference; None: not
-    measured.
+    """own, peer: the legs compared. value: the ratio, or with `seconds` the difference; None: not measured.
+
+    results: those of the machine that ran both.
     """
 
     own: Leg | None
     peer: Leg | None
     value: float | None
+    results: Results
 
 
 def outcome(case: Case, results: Results) -> Outcome:
+    """As measured on one machine, since machines differ; of several the one in the middle, or the worse of two."""
+    machines = {one.get("machine") for leg in results.legs.values() for one in leg["turns"].values()}
+    found = [_outcome(case, results.of_machine(machine)) for machine in machines]
+    told = sorted((one for one in found if one.value is not None), key=lambda one: one.value or 0.0)
+    if told:
+        return told[len(told) // 2 if case.seconds else (len(told) - 1) // 2]
+    return dataclasses.replace(_outcome(case, results), value=None)
+
+
+def _outcome(case: Case, results: Results) -> Outcome:
     if case.seconds:
         own, peer = (best(results, legs, lambda f: -first_step(f)) for legs in (case.own, case.peers))
         value = first_step(results.figures(own)) - first_step(results.figures(peer)) if own and peer else None
-        return Outcome(own, peer, value)
+        return Outcome(own, peer, value, results)
     rivals = CASES[case.beside].own if case.beside else (*case.peers, *case.also)
     peer = best(results, rivals, rate)
     bound = case.bound_gib
@@ -115,17 +135,8 @@ def outcome(case: Case, results: Results) -> Outcome:
     measured = [leg for leg in case.own if results.figures(leg)]
     fitting = [leg for leg in measured if bound is None or peak(results.figures(leg)) <= float(bound)]
     own = best(results, fitting, rate)
-    return Outcome(own, peer, _ratio(results.figures(own), results.figures(peer)) if own and peer else None)
-
-
-def _ratio(own: list[dict[str, Any]], peer: list[dict[str, Any]]) -> float | None:
-    """Of the medians of one machine, and of several machines the median of that; None: no machine has run both."""
-    found = []
-    for machine in {one.get("machine") for one in own}:
-        pair = [[one for one in of if one.get("machine") == machine] for of in (own, peer)]
-        if all(pair):
-            found.append(rate(pair[0]) / rate(pair[1]))
-    return statistics.median(found) if found else None
+    value = rate(results.figures(own)) / rate(results.figures(peer)) if own and peer else None
+    return Outcome(own, peer, value, results)
 
 
 def verdict(case: Case, value: float | None, bar: float | None) -> str:

@@ -79,18 +79,18 @@ class Graphs:
         return result.clone()
 
     def _make_room(self, inputs: Inputs) -> None:
-        """Before a batch of more tokens or targets than any before: the blocks of smaller ones are of little use to it,
-        so they are given back.
+        """Before the longest batch so far, and of those of one length that of the most targets: the blocks of shorter
+        ones are of little use to it, so they are given back. Shorter ones of more targets find room in its blocks.
 
         Within a pool torch looks for room nowhere else, so what is cached outside is given back too.
         """
-        tokens, targets = self._most
-        if len(inputs.ids) <= tokens and len(inputs.targets) <= targets:
+        size = len(inputs.ids), len(inputs.targets)
+        if size <= self._most:
             return
         if self._device.type == "cuda":
             self._captured.clear()
             self._begin_pool()
-        self._most = max(tokens, len(inputs.ids)), max(targets, len(inputs.targets))
+        self._most = size
 
     def _begin_pool(self) -> None:
         torch.cuda.synchronize(self._device)

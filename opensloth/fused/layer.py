@@ -80,7 +80,7 @@ class Kept:
     """What a layer keeps, one of three.
 
     All: `attended` and `expanded`. Its input alone: `first` is (x,), with x [T, D]. What takes long to compute again up
-    to the MLP: `first` is (y,), [T, D] too, `later`, which is needed once the MLP's gradient is made, (x,
+    to the MLP: `first` is (y,), likewise, `later`, which is needed once the MLP's gradient is made, (x,
     `Attended.raw`, `Attended.attended`), and `lse` attention's, float32. `first` and `later` may lie in host memory
     meanwhile, the others never do. border: `Expanded.hidden_border`, which is small, and would take the MLP's hidden
     state to make again. gate_up: `Expanded.gate_up`, if it is kept.

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from training.cases import CASES, DEFAULT
 from training.legs import Leg
-from training.results import Results, is_due, outcome, queue, verdict
+from training.results import Results, is_due, outcome, queue, rate, verdict
 
 CASE = CASES["0.5b"]
 
 
 def measured(results: Results, leg: Leg, *rates: float, peak: float = 1.0) -> None:
-    for turn, rate in enumerate(rates, start=1):
-        figures: dict[str, Any] = {"tokens_per_second": rate, "peak_gib": peak, "first_step_seconds": rate}
+    for turn, told in enumerate(rates, start=1):
+        figures: dict[str, Any] = {"tokens_per_second": told, "peak_gib": peak, "first_step_seconds": told}
         results.of(leg)["turns"][str(turn)] = {**figures, "leg_seconds": 50.0}
 
 
@@ -71,14 +71,18 @@ def test_the_ratio_is_of_medians_to_the_best_of_all_peers(results: Results) -> N
     assert verdict(CASE, None, 4) == "4x: not measured"
 
 
-def test_machines_are_not_mixed_in_a_ratio(results: Results) -> None:
-    own, peer = CASE.own[0], CASE.peers[0]
+def test_machines_are_not_mixed(results: Results) -> None:
+    """Of a and b, which ran both, the worse is told; on b another peer is the best; c is fast, and ran one alone."""
+    own, peer, other = CASE.own[0], CASE.peers[0], CASE.also[0]
     measured(results, own, 300.0, 1000.0)
-    measured(results, peer, 100.0, 500.0, 100.0)
-    for leg, machines in ((own, "ab"), (peer, "abc")):
+    measured(results, peer, 100.0, 400.0, 900.0)
+    measured(results, other, 500.0)
+    for leg, machines in ((own, "ab"), (peer, "abc"), (other, "b")):
         for figures, machine in zip(results.figures(leg), machines, strict=True):
             figures["machine"] = machine
-    assert outcome(CASE, results).value == pytest.approx((3 + 2) / 2)
+    found = outcome(CASE, results)
+    assert (found.peer, found.value) == (other, pytest.approx(1000 / 500))
+    assert [rate(found.results.figures(leg)) for leg in (own, other)] == [1000.0, 500.0]
     for figures in results.figures(own):
         figures["machine"] = "d"
     assert outcome(CASE, results).value is None

@@ -150,10 +150,14 @@ def test_batches_of_new_shapes_use_the_memory_of_the_graphs(tmp_path: Path) -> N
     at_most("memory that batches of new shapes take beside a captured one", torch.cuda.memory_reserved() / alone, 1.1)
 
 
-def of_targets(count: int) -> Batch:
-    """One row of a single document whose last tokens are targets."""
-    ids = [5 + i % 50 for i in range(ROW)]
-    return packing.packed(tiny.Documents([{"input_ids": ids, "labels": [-100] * (ROW - count) + ids[ROW - count :]}]))
+def of_targets(count: int, tokens: int = ROW) -> Batch:
+    """A single document whose last tokens are targets."""
+    ids, prompt = [5 + i % 50 for i in range(tokens)], tokens - count
+    return packing.packed(tiny.Documents([{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}]))
+
+
+FEWER_AND_MORE = ((ROW, 1024), (2560, 2560), *((tokens, 700) for tokens in range(2816, ROW, 256)), (ROW, 1024))
+"""(tokens, targets) of batches."""
 
 
 @pytest.mark.parametrize(
@@ -161,8 +165,9 @@ def of_targets(count: int) -> Batch:
     [
         [packing.packed(shapes.documents((ROW - 300 * i, 100))) for i in reversed(range(6))],
         [of_targets(count) for count in range(ROW // 8, ROW + 1, ROW // 8)],
+        [of_targets(count, tokens) for tokens, count in FEWER_AND_MORE],
     ],
-    ids=["longer", "of more targets"],
+    ids=["longer", "of more targets", "shorter ones of more targets between"],
 )
 def test_a_larger_batch_takes_the_place_of_smaller_ones(rows: list[Batch], tmp_path: Path) -> None:
     """None of their blocks is of use to it: kept, they would be a second set beside its own, and a third."""

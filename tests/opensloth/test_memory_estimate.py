@@ -96,7 +96,7 @@ def test_what_was_measured_is_what_is_predicted(
     title: str, size: str, method: Method, tokens: int, targets: float, keep: Keep, gib: float
 ) -> None:
     found = estimate(qwen(size), method, Batch(tokens, round(tokens * targets)), Keeping(keep)).peak / GIB
-    assert found == pytest.approx(gib, abs=0.35)  # far less than a tenth of what is not weights
+    assert found == pytest.approx(gib, abs=max(0.25, 0.003 * gib))
     row = f"| {title} | {keep.value} | {gib} | {found:.1f} |"
     assert row in DOC.read_text(), f"docs/memory.md lacks\n{row}"
 
