@@ -10,6 +10,8 @@ WARM, WARM_7B = 24, 8
 """Steps of a leg before those that are timed. A 7B step takes long, and launching its kernels hardly any of it."""
 OSLO = "oslo"
 ATTENTION = {"": "sdpa", "sdpa": "sdpa", "flex": "flex_attention"}
+FLASH = {"flash-attn-4": "flash_attention_4", "flash-attn": "flash_attention_2"}
+"""A package -> the attention that it has, the newest first."""
 PACKAGES = {OSLO: [], "trl": ["trl"], "trl+liger": ["trl", "liger_kernel"], "unsloth": ["unsloth"]}
 
 
@@ -48,7 +50,8 @@ class Leg:
     @property
     def attention(self) -> str:
         """As transformers names it."""
-        return ATTENTION[self.program.partition("/")[2]]
+        name = self.program.partition("/")[2]
+        return _flash() or FLASH["flash-attn"] if name == "flash" else ATTENTION[name]
 
     @property
     def name(self) -> str:
@@ -89,9 +92,18 @@ class Leg:
 
 def lacking(leg: Leg) -> str | None:
     """A package that the leg needs and that is not installed."""
-    for package in PACKAGES[leg.peer]:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            return package
-    return None
+    if missing := next((package for package in PACKAGES[leg.peer] if not _is_installed(package)), None):
+        return missing
+    return " or ".join(FLASH) if leg.program.endswith("/flash") and not _flash() else None
+
+
+def _flash() -> str | None:
+    return next((attention for package, attention in FLASH.items() if _is_installed(package)), None)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training import legs
 from training.cases import CASES, DEFAULT
 from training.legs import Leg
 from training.results import Results, is_due, outcome, queue, rate, verdict
@@ -32,6 +33,18 @@ def test_a_whole_turn_of_the_main_legs_comes_first_and_no_leg_twice() -> None:
     assert {leg.name for _, leg in order[:first]} >= {leg.name for leg in (*CASE.own, *CASE.peers)}
     assert order[-1][0] == 1
     assert len({(turn, leg.name) for turn, leg in order}) == len(order)
+
+
+def test_flash_attention_is_the_newest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    leg, installed = Leg(program="trl+liger/flash", shape="0.5b", rows=2), {"trl", "liger_kernel"}
+    monkeypatch.setattr(legs, "_is_installed", lambda package: package in installed)
+    assert leg in CASE.also
+    assert legs.lacking(leg) == "flash-attn-4 or flash-attn"
+    for package, attention in (("flash-attn", "flash_attention_2"), ("flash-attn-4", "flash_attention_4")):
+        installed.add(package)
+        assert (legs.lacking(leg), leg.attention) == (None, attention)
+    installed.remove("trl")
+    assert legs.lacking(leg) == "trl"
 
 
 def test_what_is_done_failed_or_too_long_is_not_due(results: Results) -> None:
