@@ -156,16 +156,23 @@ def estimate(shape: ModelShape, method: Method, batch: Batch, keeping: Keeping) 
 
 
 def roomiest(
-    shape: ModelShape, method: Method, batch: Batch, free: int, choices: Sequence[Keep] = tuple(Keep)
+    shape: ModelShape,
+    method: Method,
+    batch: Batch,
+    free: int,
+    choices: Sequence[Keep] = tuple(Keep),
+    *,
+    offloads_embeddings: bool = True,
 ) -> Keeping | None:
     """The first that fits of `choices`; None: no one does.
 
     On the fast path as many layers as fit keep all, or of HOST their MLPs; where ALL is not among them, as many as take
     no more than none.
-    free: bytes of the device when all weights, gradients and moments have their places there.
+    free: bytes of the device when all weights, gradients and moments have their places there. offloads_embeddings:
+    whether host memory has room for those that may lie there.
     """
     for keep in choices:
-        limit = _USABLE * (free + offloaded_embeddings(shape, method, keep))
+        limit = _USABLE * (free + (offloaded_embeddings(shape, method, keep) if offloads_embeddings else 0))
         if Keep.ALL not in choices:  # no more than it takes anyway
             limit = min(limit, estimate(shape, method, batch, Keeping(keep)).working)
         mixed = method.fused and (keep in IN_HOST or (keep is Keep.INPUTS and Keep.ALL in choices))

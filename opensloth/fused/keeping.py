@@ -44,7 +44,9 @@ def roomiest(
     left, batch = free - memory_estimate.to_come(shape, method), Batch(tokens, tokens)
     if not in_host and (found := memory_estimate.roomiest(shape, method, batch, left, (Keep.ALL,))):
         return found
-    has_room = host_has_room(*_in_host(shape, method, tokens))
+    embeddings = memory_estimate.offloaded_embeddings(shape, method, Keep.HOST)
+    of_layer = tokens * memory_estimate.offloaded_bytes(shape, method, Keep.HOST)
+    has_room = host_has_room(*[of_layer] * shape.layers, embeddings)
     choices: Sequence[Keep] = IN_HOST
     if not in_host:
         known = speeds() if has_room else None
@@ -52,7 +54,9 @@ def roomiest(
         choices = memory_estimate.order(copies_keep_up=keeps_up)
     if not has_room:
         choices = [keep for keep in choices if keep is not Keep.HOST]
-    return memory_estimate.roomiest(shape, method, batch, left, choices) or Keeping(Keep.HOST_INPUTS)
+    offloads_embeddings = host_has_room(embeddings)
+    found = memory_estimate.roomiest(shape, method, batch, left, choices, offloads_embeddings=offloads_embeddings)
+    return found or Keeping(Keep.HOST_INPUTS)
 
 
 def speeds_of(device: torch.device) -> tuple[float, float] | None:
@@ -68,12 +72,6 @@ def speeds_of(device: torch.device) -> tuple[float, float] | None:
         there.copy_(here)
     torch.cuda.synchronize(device)
     return operations, _MEASURED_TIMES * _MEASURED_BYTES / (time.perf_counter() - started)
-
-
-def _in_host(shape: ModelShape, method: Method, tokens: int) -> list[int]:
-    """Bytes of each block that HOST asks host memory for."""
-    of_layer = tokens * memory_estimate.offloaded_bytes(shape, method, Keep.HOST)
-    return [of_layer] * shape.layers + [memory_estimate.offloaded_embeddings(shape, method, Keep.HOST)]
 
 
 def host_has_room(*blocks: int) -> bool:

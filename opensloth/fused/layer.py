@@ -34,28 +34,29 @@ class Norm:
         return bool(self._weight.requires_grad)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """x, out: [T, D]; out is written. Returns each row's scale, float32 [T]."""
+        """x, out: [T, D]; out is written. Returns one over each row's root mean square, float32 [T]."""
         return operations.rms_norm(x, self._weight, self._eps, out)
 
-    def backward(self, grad: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    def backward(self, grad: Tensor, x: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """out: gradient of x, plus `residual`, is written; the weight's is added to."""
         if self.is_trained:
-            operations.add_norm_gradient(grad, x, scale, gradient_of(self._weight))
-        operations.rms_norm_backward(grad, x, self._weight, scale, residual, out)
+            operations.add_norm_gradient(grad, x, rstd, gradient_of(self._weight))
+        operations.rms_norm_backward(grad, x, self._weight, rstd, residual, out)
 
 
 @dataclass
 class Attended:
-    """What the first half of a layer keeps for its way back. T rows each; norms' scales are float32.
+    """What the first half of a layer keeps for its way back. T rows each; rstd: one over a norm's root mean square,
+    float32.
 
-    raw: qkv before its heads are normed; the same tensor as qkv, turned, with head_scale None, where they are not.
+    raw: qkv before its heads are normed; the same tensor as qkv, turned, with head_rstd None, where they are not.
     """
 
     x: Tensor
-    scale: Tensor
+    rstd: Tensor
     normed: Tensor
     raw: Tensor
-    head_scale: Tensor | None
+    head_rstd: Tensor | None
     qkv: Tensor
     attended: Tensor
     lse: Tensor
@@ -69,7 +70,7 @@ class Expanded:
     """
 
     y: Tensor
-    scale: Tensor
+    rstd: Tensor
     normed: Tensor
     gate_up: Tensor
     hidden_border: Tensor
@@ -239,24 +240,24 @@ class Layer:
     # --- attention ----------------------------------------------------------------------------------
 
     def _attend(self, x: Tensor, documents: Documents) -> tuple[Attended, Tensor]:
-        normed, scale = self._normed(x)
+        normed, rstd = self._normed(x)
         raw = self._qkv.forward(normed)
         if self._head_norms is None:
             operations.rotate(raw, documents.cos, documents.sin, self._turned)
-        qkv, head_scale = self._norm_heads(raw, documents)
+        qkv, head_rstd = self._norm_heads(raw, documents)
         attended = self._out.room_for_input(len(x), dense=self._keep is Keep.HOST)  # as it is copied in one piece
         lse = operations.attention(qkv, documents, self._heads, attended[:, : self._out.inputs])
         y = self._out.forward(attended, residual=x)
-        return Attended(x, scale, normed, raw, head_scale, qkv, attended, lse), y
+        return Attended(x, rstd, normed, raw, head_rstd, qkv, attended, lse), y
 
     def _attended_again(self, kept: Kept, documents: Documents) -> Attended:
         """Of `Kept.later`."""
         assert kept.lse is not None
         x, raw, attended = kept.later
-        normed, scale = self._normed(x)
+        normed, rstd = self._normed(x)
         self._qkv.fill_border(normed)
-        qkv, head_scale = self._norm_heads(raw, documents)
-        return Attended(x, scale, normed, raw, head_scale, qkv, attended, kept.lse)
+        qkv, head_rstd = self._norm_heads(raw, documents)
+        return Attended(x, rstd, normed, raw, head_rstd, qkv, attended, kept.lse)
 
     def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self._qkv.room_for_input(len(x))
@@ -283,10 +284,10 @@ class Layer:
             self._heads,
             dqkv[:, : self._qkv.outputs],
         )
-        if self._head_norms is None or kept.head_scale is None:
+        if self._head_norms is None or kept.head_rstd is None:
             operations.rotate(dqkv, documents.cos, documents.sin, self._turned, inverse=True)
         else:
-            operations.norm_rotate_backward(dqkv, kept.raw, self._head_norms, kept.head_scale, documents, self._heads)
+            operations.norm_rotate_backward(dqkv, kept.raw, self._head_norms, kept.head_rstd, documents, self._heads)
         width = self._qkv.inputs
         if dx is None:
             self._qkv.fill_gradient_border(dqkv)
@@ -295,29 +296,29 @@ class Layer:
         self._qkv.add_gradients(dqkv, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._qkv])
         self._deal_attention.run(add=True)
         if dx is not None:
-            self._norms[0].backward(dnormed, kept.x, kept.scale, dy[:, : self._out.outputs], dx)
+            self._norms[0].backward(dnormed, kept.x, kept.rstd, dy[:, : self._out.outputs], dx)
 
     # --- MLP ----------------------------------------------------------------------------------------
 
     def _expand(self, y: Tensor, out: Tensor | None = None, gate_up: Tensor | None = None) -> tuple[Tensor, Expanded]:
         """out, gate_up: where the output and the first product are written; None: somewhere new."""
-        normed, scale = self._normed_for_mlp(y)
+        normed, rstd = self._normed_for_mlp(y)
         gate_up = self._gate_and_up(normed, gate_up)
         hidden = self._down.room_for_input(len(y))
         operations.swiglu(gate_up[:, : self._gate_up.outputs], hidden[:, : self._down.inputs])
         z = self._down.forward(hidden, residual=y, out=out)
-        return z, Expanded(y, scale, normed, gate_up, hidden[:, self._down.inputs :].clone())
+        return z, Expanded(y, rstd, normed, gate_up, hidden[:, self._down.inputs :].clone())
 
     def _expand_again(self, y: Tensor, kept: Kept, rows: slice) -> Expanded:
         """What `_expand` made of these rows, y, but its output, which nobody needs any more."""
-        normed, scale = self._normed_for_mlp(y)
+        normed, rstd = self._normed_for_mlp(y)
         if kept.gate_up is None:
             gate_up = self._gate_and_up(normed, None)
         else:
             gate_up = kept.gate_up[rows]
             self._gate_up.fill_border(normed)
         assert kept.border is not None
-        return Expanded(y, scale, normed, gate_up, kept.border[rows])
+        return Expanded(y, rstd, normed, gate_up, kept.border[rows])
 
     def _gate_and_up(self, normed: Tensor, out: Tensor | None) -> Tensor:
         """[T, 2 I + R], where the gradient will be: its border is room."""
@@ -339,7 +340,7 @@ class Layer:
             gate_up, kept.normed[:, :width], kept.normed[:, width:], self._staged[self._gate_up]
         )
         self._deal_mlp.run(add=True)
-        self._norms[1].backward(dnormed, kept.y, kept.scale, dz[:, : self._down.outputs], dy)
+        self._norms[1].backward(dnormed, kept.y, kept.rstd, dz[:, : self._down.outputs], dy)
 
     # --- parts --------------------------------------------------------------------------------------
 

@@ -256,7 +256,7 @@ class FusedModel:
             if dnormed is not None:
                 torch.mm(logits, self._head, out=dnormed[part])
                 if self._head_weight.requires_grad:
-                    operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), keep=True)
+                    operations.add_product(logits.T, normed[part], gradient_of(self._head_weight), accumulate=True)
             del logits  # before the next part's are made
         if dx is not None and dnormed is not None:
             self._norm.backward(dnormed, x, rms, None, dx)

@@ -104,12 +104,12 @@ def add_norm_gradient(grad: Tensor, x: Tensor, rstd: Tensor, into: Tensor) -> No
     into.add_((grad.float() * x.float() * rstd[:, None]).sum(0))
 
 
-def add_product(one: Tensor, other: Tensor, into: Tensor, *, keep: bool) -> None:
-    """into (+)= one @ other in float32, whatever the factors are kept in. keep: add to what is there."""
+def add_product(one: Tensor, other: Tensor, into: Tensor, *, accumulate: bool) -> None:
+    """into (+)= one @ other in float32, whatever the factors are kept in. accumulate: add to what is there."""
     if not one.is_cuda or one.dtype == torch.float32:
         product = one.float() @ other.float()
-        into.add_(product) if keep else into.copy_(product)
-    elif keep:
+        into.add_(product) if accumulate else into.copy_(product)
+    elif accumulate:
         torch.addmm(into, one, other, torch.float32, out=into)
     else:
         torch.mm(one, other, torch.float32, out=into)

@@ -209,10 +209,10 @@ class Projection:
         dy: [T, N + R] with its border; x: [T, K]; x_border: [T, R].
         """
         if self._adapters:
-            add_product(dy[:, self.outputs :].T, x, staged.a, keep=False)
-            add_product(dy[:, : self.outputs].T, x_border, staged.b, keep=False)
+            add_product(dy[:, self.outputs :].T, x, staged.a, accumulate=False)
+            add_product(dy[:, : self.outputs].T, x_border, staged.b, accumulate=False)
         for weight, rows in self._trained:
-            add_product(dy[:, rows].T, x, gradient_of(weight), keep=True)
+            add_product(dy[:, rows].T, x, gradient_of(weight), accumulate=True)
         for bias, rows in self._trained_biases:
             gradient_of(bias).add_(dy[:, rows].sum(0, dtype=torch.float32))
 

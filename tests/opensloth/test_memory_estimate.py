@@ -278,6 +278,18 @@ def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPat
         assert found == [asked, ALL_KEPT, fitting]
 
 
+def test_embeddings_that_stay_take_the_memory_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.CONFIGS["qwen2"]()
+    for key, value in QWEN["7b"].items():
+        setattr(config, key, value)
+    found = []
+    for usable in (8 << 30, 4 << 30):  # a quarter of it: 2 GiB, as much as embeddings take once rounded up, and less
+        monkeypatch.setattr(machine, "usable_memory", lambda usable=usable: usable)
+        found.append(choice.roomiest(config, 8192, 3 * GIB, rank=8, moments=8))
+    assert [one.keep for one in found] == [Keep.HOST_INPUTS] * 2
+    assert found[0].whole > found[1].whole
+
+
 def tiny_model(family: str) -> Any:
     config = tiny.CONFIGS[family]()
     config.hidden_size, config.intermediate_size, config.head_dim = 256, 768, 64
