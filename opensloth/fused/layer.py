@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from opensloth.fused import operations
-from opensloth.fused.operations import Documents, Heads
-from opensloth.fused.projection import Projection, Shared, Staged, gradient_of
+from opensloth.fused.operations import Documents, Heads, gradient_of
+from opensloth.fused.projection import Projection, Shared, Staged
 from opensloth.memory_estimate import Keep
 
 

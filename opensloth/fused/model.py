@@ -16,8 +16,8 @@ from opensloth.fused.inputs import Inputs, inputs_of, padded_tokens
 from opensloth.fused.keeping import host_has_room
 from opensloth.fused.layer import Kept, Layer, Norm
 from opensloth.fused.offload import Offload
-from opensloth.fused.operations import Documents
-from opensloth.fused.projection import Shared, gradient_of
+from opensloth.fused.operations import Documents, gradient_of
+from opensloth.fused.projection import Shared
 from opensloth.memory_estimate import IN_HOST, LOGITS_BYTES, Keeping, mlp_part
 
 

@@ -7,7 +7,7 @@ machine without a GPU. T tokens; rows may lie in a wider buffer, dense in their 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,13 @@ def add_norm_gradient(grad: Tensor, x: Tensor, rstd: Tensor, into: Tensor) -> No
     into.add_((grad.float() * x.float() * rstd[:, None]).sum(0))
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        raise RuntimeError("a trained parameter without room for its gradient")
+    return gradient
+
+
 def add_product(one: Tensor, other: Tensor, into: Tensor, *, accumulate: bool) -> None:
     """into (+)= one @ other in float32, whatever the factors are kept in. accumulate: add to what is there."""
     if not one.is_cuda or one.dtype == torch.float32:
@@ -165,24 +172,31 @@ def norm_rotate_backward(
 
     Where the weights are trained, their gradients are added to.
     """
-    normed = heads.query + heads.key_value
-    trained = any(weight.requires_grad for weight in weights)
-    if qkv.is_cuda and not trained:
+    if qkv.is_cuda:
         from opensloth.fused.kernels import elementwise
 
+        if any(weight.requires_grad for weight in weights):
+            turns = documents.cos, documents.sin
+            parts = elementwise.head_norm_gradient(grad, qkv, *turns, heads.query, rstd)
+            _add_gradients(weights, parts.sum(0))
         elementwise.norm_rotate_backward(grad, qkv, weights, documents.cos, documents.sin, heads.query, rstd)
         return
+    normed = heads.query + heads.key_value
     rotate(grad, documents.cos, documents.sin, normed, inverse=True)
     width = normed * documents.cos.shape[1] * 2
     turned, x = (t[:, :width].float().unflatten(1, (normed, -1)) for t in (grad, qkv))
     x = x * rstd[..., None]
-    if trained:
-        of_heads = (turned * x).sum(0)
-        for weight, part in zip(weights, of_heads.split((heads.query, heads.key_value)), strict=True):
-            if weight.requires_grad and weight.grad is not None:
-                weight.grad.add_(part.sum(0))
+    of_heads = (turned * x).sum(0).split((heads.query, heads.key_value))
+    _add_gradients(weights, [part.sum(0) for part in of_heads])
     weighted = turned * _by_head(weights, heads)
     grad[:, :width] = (rstd[..., None] * (weighted - x * (weighted * x).mean(-1, keepdim=True))).flatten(1)
+
+
+def _add_gradients(weights: Sequence[Tensor], gradients: Iterable[Tensor]) -> None:
+    """To those of weights that are trained."""
+    for weight, gradient in zip(weights, gradients, strict=True):
+        if weight.requires_grad:
+            gradient_of(weight).add_(gradient)
 
 
 def _by_head(weights: tuple[Tensor, Tensor], heads: Heads) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensloth.fused.operations import FourBit, add_product, dequantise
+from opensloth.fused.operations import FourBit, add_product, dequantise, gradient_of
 from opensloth.memory_estimate import BORDER, row_stride
 
 
@@ -215,13 +215,6 @@ class Projection:
             add_product(dy[:, rows].T, x, gradient_of(weight), accumulate=True)
         for bias, rows in self._trained_biases:
             gradient_of(bias).add_(dy[:, rows].sum(0, dtype=torch.float32))
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        raise RuntimeError("a trained parameter without room for its gradient")
-    return gradient
 
 
 def _rank(linear: Any) -> int:

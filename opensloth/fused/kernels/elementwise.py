@@ -144,6 +144,39 @@ def _norm_rotate_backward(
 
 
 @triton.jit
+def _head_norm_gradient(
+    grad_ptr, x_ptr, cos_ptr, sin_ptr, rstd_ptr, out_ptr, stride_grad, stride_x, tokens,
+    QUERY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A stripe of tokens, summed over query heads and over key heads."""
+    head = tl.arange(0, BLOCK)
+    column = tl.arange(0, HALF)
+    at = head[:, None] * (2 * HALF) + column[None, :]
+    total_first = tl.zeros([BLOCK, HALF], dtype=tl.float32)
+    total_second = tl.zeros([BLOCK, HALF], dtype=tl.float32)
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    for step in range(ROWS):
+        token = begin + step
+        here = token < tokens
+        ok = (head < HEADS)[:, None] & here
+        cos = tl.load(cos_ptr + token * HALF + column, mask=here, other=0.0)[None, :]
+        sin = tl.load(sin_ptr + token * HALF + column, mask=here, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + token * HEADS + head, mask=(head < HEADS) & here, other=0.0)[:, None]
+        d_first = tl.load(grad_ptr + token * stride_grad + at, mask=ok, other=0.0).to(tl.float32)
+        d_second = tl.load(grad_ptr + token * stride_grad + at + HALF, mask=ok, other=0.0).to(tl.float32)
+        first = tl.load(x_ptr + token * stride_x + at, mask=ok, other=0.0).to(tl.float32) * rstd
+        second = tl.load(x_ptr + token * stride_x + at + HALF, mask=ok, other=0.0).to(tl.float32) * rstd
+        total_first += (d_first * cos + d_second * sin) * first
+        total_second += (d_second * cos - d_first * sin) * second
+    into = out_ptr + tl.program_id(0).to(tl.int64) * (4 * HALF) + column
+    of_query = (head < QUERY)[:, None]
+    tl.store(into, tl.sum(tl.where(of_query, total_first, 0.0), 0))
+    tl.store(into + HALF, tl.sum(tl.where(of_query, total_second, 0.0), 0))
+    tl.store(into + 2 * HALF, tl.sum(tl.where(of_query, 0.0, total_first), 0))
+    tl.store(into + 3 * HALF, tl.sum(tl.where(of_query, 0.0, total_second), 0))
+
+
+@triton.jit
 def _swiglu(gate_up_ptr, out_ptr, stride_gate_up, stride_out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -242,6 +275,21 @@ def norm_rotate_backward(
         grad, x, *weights, cos, sin, rstd, grad.stride(0), x.stride(0),
         QUERY=query, HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=cos.shape[1], num_warps=4,
     )  # fmt: skip
+
+
+def head_norm_gradient(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, query: int, rstd: Tensor) -> Tensor:
+    """Parts of the gradients of both weights, of query and key heads, float32 [n, 2, D], to be summed.
+
+    grad: of `norm_rotate`'s out.
+    """
+    tokens, heads = rstd.shape
+    half = cos.shape[1]
+    parts = torch.empty(triton.cdiv(tokens, _STRIPE), 2, 2 * half, dtype=torch.float32, device=x.device)
+    _head_norm_gradient[(parts.shape[0],)](
+        grad, x, cos, sin, rstd, parts, grad.stride(0), x.stride(0), tokens,
+        QUERY=query, HEADS=heads, BLOCK=triton.next_power_of_2(heads), HALF=half, ROWS=_STRIPE, num_warps=8,
+    )  # fmt: skip
+    return parts
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:

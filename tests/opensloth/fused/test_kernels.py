@@ -164,7 +164,13 @@ def test_norm_of_heads_and_rotation() -> None:
     close(rstd, expected_rstd)
     found = random(tokens, width + 16)
     expected = plain(found)
-    operations.norm_rotate_backward(expected[:, :-16], plain(qkv), plain_weights, expected_rstd, documents, heads)
+    trained = tuple(weight.requires_grad_(True) for weight in plain_weights)
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    parts = elementwise.head_norm_gradient(found[:, :-16], qkv, cos, sin, heads.query, rstd)
+    operations.norm_rotate_backward(expected[:, :-16], plain(qkv), trained, expected_rstd, documents, heads)
+    for part, weight in zip(parts.sum(0), trained, strict=True):
+        close(part, weight.grad)
     elementwise.norm_rotate_backward(found[:, :-16], qkv, weights, cos, sin, heads.query, rstd)
     close(found, expected)
 

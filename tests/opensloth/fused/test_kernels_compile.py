@@ -100,6 +100,7 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     head_scale = torch.empty(tokens, query + key_value)
     elementwise.norm_rotate(qkv, of_heads, 1e-6, turns, turns, query, qkv, head_scale)
     elementwise.norm_rotate_backward(dqkv, qkv, of_heads, turns, turns, query, head_scale)
+    elementwise.head_norm_gradient(dqkv, qkv, turns, turns, query, head_scale)
     elementwise.swiglu(matrix(2 * inner, BORDER), matrix(inner, BORDER))
     elementwise.swiglu_backward_(matrix(inner), matrix(2 * inner, BORDER))
 
