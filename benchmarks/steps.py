@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -40,11 +40,11 @@ from opensloth.model import attach_adapter, base_of, trainable_parameters  # noq
 from opensloth.model_shape import ModelShape  # noqa: E402
 from opensloth.opensloth_config import LORA_TARGETS, FastModelArgs, LoraArgs, OpenSlothConfig  # noqa: E402
 from opensloth.optimizer import make_optimizer  # noqa: E402
+from opensloth.training_keys import moment_bytes  # noqa: E402
 from runner.gpu import Gpu  # noqa: E402
 
 BATCHES, WARM_TURNS = 4, 2
 RANK = 8
-MOMENTS = {"adamw_torch_fused": 8, "adamw_8bit": 2}
 ON_GPU = torch.cuda.is_available()
 GPU = torch.cuda.get_device_name() if ON_GPU else "no GPU"
 
@@ -65,7 +65,7 @@ def main() -> None:
     tokens = sum(batch.tokens for batch in batches) / BATCHES
     for keeping in asked.keep:
         seconds, peak = measured(model, batches, keeping, asked.optim, asked.turns)
-        peak_foreseen, rate_foreseen = predicted(model, leg, batches, keeping, MOMENTS[asked.optim])
+        peak_foreseen, rate_foreseen = predicted(model, leg, batches, keeping, moment_bytes(asked.optim))
         print(
             f"{keeping}: {seconds * 1e3:.1f} ms a step; {tokens / seconds:,.0f} tokens/s, predicted {rate_foreseen}; "
             f"peak {peak / GIB:.2f} GiB, predicted {peak_foreseen / GIB:.2f}",
@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of every document; else log-normal")
     parser.add_argument("--target-share", type=float, default=1.0)
     parser.add_argument("--full", action="store_true", help="every weight is trained")
-    parser.add_argument("--optim", choices=MOMENTS, default="adamw_torch_fused")
+    parser.add_argument("--optim", choices=("adamw_torch_fused", "adamw_8bit"), default="adamw_torch_fused")
     parser.add_argument("--keep", type=_keepings, default=[Keeping(Keep.ALL)])
     parser.add_argument("--turns", type=int, default=4, help=f"timed turns of {BATCHES} steps")
     asked = parser.parse_args()
@@ -102,14 +102,9 @@ def _keepings(text: str) -> list[Keeping]:
 
 def model_of(leg: Leg) -> Any:
     """On the GPU, as a run loads it: float32 if all of it is trained."""
-    torch.manual_seed(0)
-    with torch.device("cuda" if ON_GPU else "cpu"):
-        torch.set_default_dtype(torch.float32 if leg.full else torch.bfloat16)
-        base = Qwen2ForCausalLM(Qwen2Config(max_position_embeddings=32_768, **made.SHAPES[leg.shape]))
-        torch.set_default_dtype(torch.float32)
-        lora, args = None if leg.full else LoraArgs(r=RANK), FastModelArgs(model_name="-", full_finetuning=leg.full)
-        config = OpenSlothConfig(data_cache_path="-", fast_model_args=args, lora_args=lora)
-        model = attach_adapter(base, config)
+    base = made.random_model(leg.shape, torch.float32 if leg.full else torch.bfloat16)
+    lora, args = None if leg.full else LoraArgs(r=RANK), FastModelArgs(model_name="-", full_finetuning=leg.full)
+    model = attach_adapter(base, OpenSlothConfig(data_cache_path="-", fast_model_args=args, lora_args=lora))
     attention.register()
     base.set_attn_implementation(attention.NAME)
     return model

@@ -9,7 +9,7 @@ OpenSlothError            message + hint; `cause` is a word of contract.Cause
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opensloth.contract import Cause
@@ -24,6 +24,13 @@ def one_line(text: str, longest: int = _LONGEST_MESSAGE) -> str:
     if not shown.isprintable():
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
     return shown if len(shown) <= longest else f"{shown[: longest - 3]}..."
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then what it came of or came after, as far back as that goes."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Final
 
+from opensloth.errors import chain
+
 _STALE_READS: Final = 3
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What volumes without hard links (SMB, some buckets) answer."""
@@ -37,12 +39,11 @@ def fault_of_volume(error: BaseException | None) -> OSError | None:
     torch raises an error of its own while it handles Python's; what is written in Rust (safetensors, tokenizers) names
     the number only.
     """
-    while error is not None:
-        said = re.search(r"\(os error (\d+)\)", str(error))
-        found = OSError(int(said[1]), os.strerror(int(said[1]))) if said else error
+    for link in chain(error):
+        said = re.search(r"\(os error (\d+)\)", str(link))
+        found = OSError(int(said[1]), os.strerror(int(said[1]))) if said else link
         if isinstance(found, OSError) and (found.errno in NO_ROOM or may_pass(found)):
             return found
-        error = error.__cause__ or error.__context__
     return None
 
 

@@ -26,7 +26,7 @@ from opensloth.contract import Cause
 from opensloth.data.build import build
 from opensloth.data.prepared import EVAL_DIR, PreparedDataset
 from opensloth.dist import World, barrier, join_world, leave_world
-from opensloth.errors import OpenSlothError
+from opensloth.errors import OpenSlothError, chain
 from opensloth.events import Events, NullEvents, finite
 from opensloth.files import MAKE_ROOM, fault_of_volume, may_pass, sync_tree, write_json
 from opensloth.launch import volume
@@ -220,11 +220,9 @@ _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate mem
 
 def _lack_of_memory(error: BaseException) -> BaseException | None:
     """The error of this chain that tells of it: what ends a graph's capture or a `finally` can come after it."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in chain(error):
         if isinstance(link, torch.OutOfMemoryError | MemoryError) or any(sign in str(link) for sign in _NO_MEMORY):
             return link
-        link = link.__cause__ or link.__context__
     return None
 
 

@@ -102,17 +102,25 @@ def make_model(assets: Assets, shape: str) -> None:
         _make_model(assets, shape)
 
 
-def _make_model(assets: Assets, shape: str) -> None:
+def random_model(shape: str, dtype: Any) -> Any:
+    """On the GPU, if there is one."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         config = Qwen2Config(max_position_embeddings=32_768, rope_theta=1e6, **SHAPES[shape])
         model = Qwen2ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
+    return model
+
+
+def _make_model(assets: Assets, shape: str) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(shape, torch.bfloat16)
     model.save_pretrained(assets.model)
     _make_tokenizer().save_pretrained(assets.model)
     adapted = get_peft_model(

@@ -170,12 +170,14 @@ class Layer:
         attended, y = self._attend(x, documents)
         if wanted is not None:
             y = y[wanted]
+        kept = Kept(wanted=wanted)
         if self._keep is Keep.ALL:
-            z, expanded = self._expand(y)
-            return z, Kept(attended=attended, expanded=expanded, wanted=wanted)
-        kept = Kept((x,), wanted=wanted)
+            kept.attended = attended
+            z, kept.expanded = self._expand(y)
+            return z, kept
+        kept.first = (x,)
         if self._keep is Keep.HOST:
-            kept = Kept((y,), (x, attended.raw, attended.attended), lse=attended.lse, wanted=wanted)
+            kept.first, kept.later, kept.lse = (y,), (x, attended.raw, attended.attended), attended.lse
         del attended  # of which the rest is not needed any more
         return self._expand_in_parts(y, kept), kept
 

@@ -239,12 +239,17 @@ def test_more_never_takes_less() -> None:
         assert peaks == sorted(peaks, reverse=True)
 
 
-def test_what_is_kept_is_as_much_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """7B in 16 bits, two rows: what is free when the weights have been loaded."""
-    monkeypatch.setattr(machine, "usable_memory", lambda: None)
+def config_of_7b() -> Any:
     config = tiny.CONFIGS["qwen2"]()
     for key, value in QWEN["7b"].items():
         setattr(config, key, value)
+    return config
+
+
+def test_what_is_kept_is_as_much_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7B in 16 bits, two rows: what is free when the weights have been loaded."""
+    monkeypatch.setattr(machine, "usable_memory", lambda: None)
+    config = config_of_7b()
 
     def roomiest(gib: int, *, rank: int = 8, moments: float = 8, **given: Any) -> Keeping:
         return choice.roomiest(config, 8192, gib * GIB, rank=rank, moments=moments, **given)
@@ -264,9 +269,7 @@ def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPat
     """By all processes of a node; and torch rounds up to powers of two what is pinned, here 239 MiB a layer and
     1.02 GiB of embeddings.
     """
-    config = tiny.CONFIGS["qwen2"]()
-    for key, value in QWEN["7b"].items():
-        setattr(config, key, value)
+    config = config_of_7b()
     pinned = (28 * 256 << 20) + (2 << 30)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     enough = Keeping(Keep.HOST, 1), Keeping(Keep.HOST, 2)
@@ -279,9 +282,7 @@ def test_of_host_memory_a_quarter_is_taken_at_most(monkeypatch: pytest.MonkeyPat
 
 
 def test_embeddings_that_stay_take_the_memory_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.CONFIGS["qwen2"]()
-    for key, value in QWEN["7b"].items():
-        setattr(config, key, value)
+    config = config_of_7b()
     found = []
     for usable in (8 << 30, 4 << 30):  # a quarter of it: 2 GiB, as much as embeddings take once rounded up, and less
         monkeypatch.setattr(machine, "usable_memory", lambda usable=usable: usable)

@@ -205,10 +205,8 @@ def test_what_lies_in_host_memory_is_what_was_counted(kind: str, keep: Keep, mon
 
 
 def test_a_place_in_host_memory_serves_all_batches_that_are_not_longer() -> None:
-    offload, longest = (
-        Offload(torch.device("cpu"), 10),
-        ((torch.zeros(10, 4),), (torch.zeros(10, 3), torch.zeros(10, 2))),
-    )
+    offload = Offload(torch.device("cpu"), 10)
+    longest = ((torch.zeros(10, 4),), (torch.zeros(10, 3), torch.zeros(10, 2)))
     shorter = tuple(tuple(tensor[:7] for tensor in piece) for piece in longest)
     for pieces in (shorter, longest, shorter):
         places, at = offload._places(0, pieces), offload._host[0][0].data_ptr()
