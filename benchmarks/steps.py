@@ -34,6 +34,7 @@ from opensloth import attention, memory_estimate, speed_estimate  # noqa: E402 (
 from opensloth.data.batch import Batch  # noqa: E402
 from opensloth.data.in_memory import InMemoryDocuments  # noqa: E402
 from opensloth.data.training_data import make_rows  # noqa: E402
+from opensloth.fused import long_documents  # noqa: E402
 from opensloth.fused.model import FusedModel  # noqa: E402
 from opensloth.memory_estimate import GIB, Keep, Keeping, Method  # noqa: E402
 from opensloth.model import attach_adapter, base_of, trainable_parameters  # noqa: E402
@@ -129,7 +130,10 @@ def measured(model: Any, batches: list[Batch], keeping: Keeping, optim: str, tur
         torch.cuda.reset_peak_memory_stats()
     named = TrainingArguments(output_dir=tempfile.gettempdir(), optim=optim, learning_rate=1e-5)
     optimizer = make_optimizer(trainable_parameters(model), named, flat_gradients=True)
-    fused = FusedModel(base_of(model), keeping=keeping, full_batch=max(batch.tokens for batch in batches))
+    base, longest = base_of(model), max(batch.inputs["longest_document"] for batch in batches)
+    long_document, _ = long_documents.least_for(base, longest)
+    full = max(batch.tokens for batch in batches)
+    fused = FusedModel(base, keeping=keeping, full_batch=full, long_document=long_document)
     started = 0.0
     for turn in range(WARM_TURNS + turns):
         if turn == WARM_TURNS:

@@ -11,6 +11,7 @@ from torch import nn
 from opensloth.data.training_data import Rows
 from opensloth.errors import ConfigError, Problem
 from opensloth.fused.keeping import roomiest, speeds_of
+from opensloth.fused.long_documents import least_for
 from opensloth.fused.support import reason_against
 from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of
@@ -43,9 +44,12 @@ def choose(
 
         full = rows_per_batch * rows.capacity
         keeping = _keeping(model, config.fast_model_args, full, moment_bytes(optim))
+        long_document, of_long = least_for(base_of(model), longest_document)
         why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
-        objective = FusedObjective(model, autocast=autocast, keeping=keeping, full_batch=full, beat=beat)
-        return objective, f"{why}; keeps {keeping}"
+        objective = FusedObjective(
+            model, autocast=autocast, keeping=keeping, full_batch=full, long_document=long_document, beat=beat
+        )
+        return objective, f"{why}; keeps {keeping}{of_long}"
     if config.engine == "fused":
         hint = "--set opensloth.engine=auto takes the next best"
         raise ConfigError([Problem("opensloth.engine", f"the fast path cannot train this: {reason}", hint)])

@@ -8,7 +8,7 @@ from typing import Any
 from training.legs import OSLO, Leg
 
 BEST = "trl+liger/flex"
-"""The fastest peer wherever it compiles, but for FlashAttention's package where that is installed."""
+"""The fastest peer wherever it compiles, but for FlashAttention's package and where one document fills a row."""
 LONG = 16_384
 
 
@@ -114,8 +114,8 @@ CASES = {
     "16k-one": Case(
         title="0.5B, one document of 16k",
         own=_legs(OSLO, shape="0.5b", rows=1, row=LONG, length=LONG),
-        peers=_legs(BEST, shape="0.5b", rows=1, row=LONG, length=LONG),
-        also=_legs("trl+liger/flash", "trl+liger/sdpa", "unsloth", shape="0.5b", rows=1, row=LONG, length=LONG),
+        peers=_legs("unsloth", BEST, shape="0.5b", rows=1, row=LONG, length=LONG),
+        also=_legs("trl+liger/flash", "trl+liger/sdpa", shape="0.5b", rows=1, row=LONG, length=LONG),
         must=1.3,
         aim=1.6,
     ),

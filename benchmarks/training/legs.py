@@ -74,7 +74,8 @@ class Leg:
         """What its gradient is compared under: legs of one kind compute it by the same code."""
         how = f"{self.program}{' torch_compile' if self.compiled else ''}"
         room = f", {self.room_gib} GiB free" if self.room_gib else ""
-        return f"{how}, {self.group}, recompute {self.recompute}{room}"
+        long = ", long documents" if self.length and self.program == OSLO else ""
+        return f"{how}, {self.group}, recompute {self.recompute}{room}{long}"
 
     @property
     def group(self) -> str:

@@ -32,6 +32,8 @@ def main() -> None:
     import trl as _trl  # noqa: F401 (so that its time shows)
 
     process.say("imported")
+    if leg.attention == "flash_attention_4":
+        _give_flash_whole_numbers()
     model, tokenizer = (_unsloth_model if leg.peer == "unsloth" else _model)(assets, leg)
     process.say("model loaded")
     trainer = _trainer(assets, leg, timed, model, tokenizer, gate=bool(asked["reference"]))
@@ -49,6 +51,22 @@ def main() -> None:
     trainer.train()
     first = {"first_step_seconds": clock.first - asked["started"]} if verdict is None else {}
     process.answer({**clock.result(), **first, "gate": verdict})
+
+
+def _give_flash_whole_numbers() -> None:
+    """flash-attn-4 4.0.0b36 fails on the numbers of another kind that transformers gives it as the longest lengths."""
+    import functools
+
+    from flash_attn import cute
+
+    attend = cute.flash_attn_varlen_func
+
+    @functools.wraps(attend)
+    def with_whole_numbers(*given: Any, **named: Any) -> Any:
+        longest = {name: int(named[name]) for name in ("max_seqlen_q", "max_seqlen_k") if named.get(name) is not None}
+        return attend(*given, **named | longest)
+
+    cute.flash_attn_varlen_func = with_whole_numbers
 
 
 def _trainer(assets: Assets, leg: Leg, timed: int, model: Any, tokenizer: Any, *, gate: bool) -> Any:

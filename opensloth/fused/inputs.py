@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from opensloth.data.batch import Batch
 from opensloth.data.documents import IGNORE
-from opensloth.fused.operations import tiles_of
+from opensloth.fused.operations import LongDocuments, long_documents_of, tiles_of
 
 TOKENS = 256
 """Steps in which the number of tokens grows, and the least of the steps of targets and tiles."""
@@ -26,7 +27,8 @@ longer batch can use again."""
 class Inputs:
     """ids, positions: int64 [T]. tiles: int32 [n, 3]. predictors, targets: int64 [m]. scale: float32 scalar.
 
-    offsets: where documents begin, and T.
+    offsets: where documents begin, and T. long_lengths, long_rows, long_places: as `LongDocuments` has them, empty
+    where no document is long.
     """
 
     ids: Tensor
@@ -36,11 +38,18 @@ class Inputs:
     targets: Tensor
     scale: Tensor
     offsets: list[int]
+    long_lengths: tuple[int, ...]
+    long_rows: Tensor
+    long_places: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Equal for inputs that are computed by the same launches."""
-        return len(self.ids), len(self.tiles), len(self.targets)
+        return len(self.ids), len(self.tiles), len(self.targets), *self.long_lengths
+
+    @property
+    def long(self) -> LongDocuments | None:
+        return LongDocuments(self.long_lengths, self.long_rows, self.long_places) if self.long_lengths else None
 
     def to(self, device: torch.device) -> Inputs:
         """A copy on `device`."""
@@ -63,9 +72,9 @@ class Inputs:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
-def inputs_of(batch: Batch, scale: float, full: int = 0) -> Inputs:
+def inputs_of(batch: Batch, scale: float, full: int = 0, *, long: int = 0) -> Inputs:
     """batch: flat, on the CPU. scale: what the gradient of the sum of losses is multiplied with. full: tokens of a full
-    batch; 0: none is known.
+    batch; 0: none is known. long: tokens of a document from which on it is long; 0: none is.
 
     Padding is one more document without targets. The row's last token predicts nothing, so that predictors
     without a target may point there.
@@ -73,9 +82,12 @@ def inputs_of(batch: Batch, scale: float, full: int = 0) -> Inputs:
     offsets = batch.inputs["document_offsets"].tolist()
     tokens = padded_tokens(offsets[-1], full)
     over = tokens - offsets[-1]
+    bounds = [(begin, end) for begin, end in itertools.pairwise(offsets) if long and end - begin >= long]
     if over:
         offsets = [*offsets, tokens]
     tiles = tiles_of(np.array(offsets))
+    tiles = tiles[np.isin(tiles[:, 1], [begin for begin, _ in bounds], invert=True)]
+    long_documents = long_documents_of(bounds, tokens)
     targets = _up(len(batch.targets), max(TOKENS, tokens // 16))
     return Inputs(
         ids=_filled(batch.inputs["input_ids"][0], tokens, 0),
@@ -85,6 +97,9 @@ def inputs_of(batch: Batch, scale: float, full: int = 0) -> Inputs:
         targets=_filled(batch.targets, targets, IGNORE),
         scale=torch.tensor(scale, dtype=torch.float32),
         offsets=offsets,
+        long_lengths=long_documents.lengths,
+        long_rows=long_documents.rows,
+        long_places=long_documents.places,
     )
 
 

@@ -28,13 +28,22 @@ class FusedModel:
     lie in wider buffers, which not everything that saves or merges them can read.
     """
 
-    def __init__(self, base: Any, *, keeping: Keeping, full_batch: int = 0, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        base: Any,
+        *,
+        keeping: Keeping,
+        full_batch: int = 0,
+        long_document: int = 0,
+        chunk: int | None = None,
+    ) -> None:
         """base: transformers' model, without an adapter's wrapper. keeping: for the backward pass. full_batch: tokens
-        of one, if they are known. chunk: of an MLP at a time where it is computed again; None: `mlp_part`.
+        of one, if they are known. long_document: tokens from which on one attends by `long_documents`; 0: none does.
+        chunk: tokens of an MLP at a time where it is computed again; None: `mlp_part`.
 
         The optimizer's parameters must lie where it wants them by now. After an error `base` is as it was.
         """
-        self._full_batch = full_batch
+        self._full_batch, self._long_document = full_batch, long_document
         decoder = base.model
         self._embedding: nn.Parameter = decoder.embed_tokens.weight
         self._rotary = decoder.rotary_emb
@@ -158,14 +167,14 @@ class FusedModel:
         batch: flat, on the CPU.
         """
         with self._current_device():
-            return self._graphs.replayed(self._run, self._staged(inputs_of(batch, scale, self._full_batch)))
+            return self._graphs.replayed(self._run, self._inputs(batch, scale))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the targets' losses, float32, nats. batch: flat, on the CPU."""
         self._refresh()
         with self._current_device():
-            return self._graphs.launched(self._forward, self._staged(inputs_of(batch, 0.0, self._full_batch)))
+            return self._graphs.launched(self._forward, self._inputs(batch, 0.0))
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """One batch, forward alone; returns its sum of losses."""
@@ -178,7 +187,8 @@ class FusedModel:
         """The rows of a layer's output that anyone reads; None: all. Of the last one, those that predict a target."""
         return inputs.predictors if layer == len(self._layers) - 1 else None
 
-    def _staged(self, inputs: Inputs) -> Inputs:
+    def _inputs(self, batch: Batch, scale: float) -> Inputs:
+        inputs = inputs_of(batch, scale, self._full_batch, long=self._long_document)
         return inputs.pinned() if self._device.type == "cuda" else inputs
 
     def _run(self, inputs: Inputs) -> Tensor:
@@ -240,7 +250,7 @@ class FusedModel:
         cos, sin = self._rotary(inputs.positions.new_empty(0, dtype=torch.float32), inputs.positions[None])
         half = cos.shape[-1] // 2
         cos, sin = (turns[0, :, :half].float().contiguous() for turns in (cos, sin))
-        return Documents(inputs.offsets, inputs.tiles, cos, sin)
+        return Documents(inputs.offsets, inputs.tiles, cos, sin, inputs.long)
 
     def _loss(self, x: Tensor, inputs: Inputs, dx: Tensor | None) -> Tensor:
         """x: the last layer's output where a target is predicted, [m, D]; dx: its gradient, is written."""

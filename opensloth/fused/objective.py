@@ -30,16 +30,22 @@ class FusedObjective(Objective):
         autocast: torch.dtype | None,
         keeping: Keeping,
         full_batch: int = 0,
+        long_document: int = 0,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(model, autocast=autocast, beat=beat)
-        self._keeping, self._full_batch = keeping, full_batch
+        self._keeping, self._full_batch, self._long_document = keeping, full_batch, long_document
         self._taken_up: FusedModel | None = None
 
     @property
     def _fused(self) -> FusedModel:
         if self._taken_up is None:
-            self._taken_up = FusedModel(base_of(self._model), keeping=self._keeping, full_batch=self._full_batch)
+            self._taken_up = FusedModel(
+                base_of(self._model),
+                keeping=self._keeping,
+                full_batch=self._full_batch,
+                long_document=self._long_document,
+            )
         return self._taken_up
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ machine without a GPU. T tokens; rows may lie in a wider buffer, dense in their 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,42 @@ from torch import Tensor
 
 TILE = 64
 """Tokens of an attention tile."""
+LONG = 512
+"""Steps in which a long document's places grow: lengths have to come again."""
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """Documents that attend each by itself, end to end in places of their own with room behind each.
+
+    lengths: room included; S in all. rows: int64 [S], the token in each place, -1 in room. places: int64 [T], each
+    token's place, -1 if it has none.
+    """
+
+    lengths: tuple[int, ...]
+    rows: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
 class Documents:
     """Where documents lie, and the turns of their positions.
 
-    offsets: where each begins, and T. tiles: int32 [n, 3], `tiles_of`. cos, sin: float32 [T, D / 2].
+    offsets: where each begins, and T. tiles: int32 [n, 3], `tiles_of` those that are not long. cos, sin: float32
+    [T, D / 2].
     """
 
     offsets: list[int]
     tiles: Tensor
     cos: Tensor
     sin: Tensor
+    long: LongDocuments | None = None
+
+    def short(self) -> Iterator[slice]:
+        """The tokens of each that is not long; known on a CPU only."""
+        for begin, end in itertools.pairwise(self.offsets):
+            if self.long is None or self.long.places[begin] < 0:
+                yield slice(begin, end)
 
 
 @dataclass(frozen=True)
@@ -55,15 +78,39 @@ def tiles_of(offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return np.array(rows, dtype=np.int32)
 
 
+def long_documents_of(bounds: Sequence[tuple[int, int]], tokens: int) -> LongDocuments:
+    """Of those that begin and end there, among so many tokens; on the CPU. Without any, all is empty."""
+    lengths = tuple(-(-(end - begin) // LONG) * LONG for begin, end in bounds)
+    rows, places = torch.full((sum(lengths),), -1), torch.full((tokens if bounds else 0,), -1)
+    at = 0
+    for (begin, end), length in zip(bounds, lengths, strict=True):
+        rows[at : at + end - begin] = torch.arange(begin, end)
+        places[begin:end] = torch.arange(at, at + end - begin)
+        at += length
+    return LongDocuments(lengths, rows, places)
+
+
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:
     """table[ids]; the table may lie in pinned host memory where ids are on a GPU. table: [V, D]; ids: int64 [T]."""
     if table.device == ids.device:
         return table[ids]
-    from opensloth.fused.kernels import embedding
-
     out = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=ids.device)
-    embedding.rows(table, ids, out)
+    gather(table, ids, out)
     return out
+
+
+def gather(source: Tensor, at: Tensor, out: Tensor, *, leave: bool = False) -> None:
+    """out = source[at], and zeros where `at` is -1, or what was there. source: [V, D]; at: int64 [n]; out: [n, D].
+
+    source may lie in pinned host memory where the others are on a GPU.
+    """
+    if at.is_cuda:
+        from opensloth.fused.kernels import gather as kernels
+
+        kernels.gather(source, at, out, leave=leave)
+        return
+    found = source[at.clamp(min=0)]
+    out.copy_(torch.where((at >= 0)[:, None], found, out if leave else torch.zeros_like(found)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -242,16 +289,17 @@ def attention(qkv: Tensor, documents: Documents, heads: Heads, out: Tensor) -> T
     Returns float32 [query, T], base-two logarithms of the sums of exponentials.
     """
     lse = torch.empty(heads.query, qkv.shape[0], dtype=torch.float32, device=qkv.device)
-    if qkv.is_cuda:
+    if not qkv.is_cuda:
+        for one in documents.short():
+            out[one], lse[:, one] = attend(qkv[one], heads)
+    elif len(documents.tiles):
         from opensloth.fused.kernels import attention as kernels
 
         kernels.forward(qkv, documents.tiles, heads, out, lse)
-        return lse
-    for begin, end in itertools.pairwise(documents.offsets):
-        q, k, v = _heads_of(qkv[begin:end], heads)
-        scores = _causal_scores(q, k, heads.scale)
-        lse[:, begin:end] = torch.logsumexp(scores, dim=-1) / np.log(2)
-        out[begin:end] = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    if documents.long is not None:
+        from opensloth.fused import long_documents
+
+        long_documents.attention(qkv, documents.long, heads, out, lse)
     return lse
 
 
@@ -259,20 +307,35 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, documents: Documents, heads: Heads, dqkv: Tensor
 ) -> None:
     """grad: of `attention`'s out, [T, query * D]. dqkv: as qkv, is written."""
-    if qkv.is_cuda:
+    if not qkv.is_cuda:
+        for one in documents.short():
+            dqkv[one] = attend_backward(grad[one], qkv[one], out[one], lse[:, one], heads)
+    elif len(documents.tiles):
         from opensloth.fused.kernels import attention as kernels
 
         kernels.backward(grad, qkv, out, lse, documents.tiles, heads, dqkv)
-        return
-    for begin, end in itertools.pairwise(documents.offsets):
-        q, k, v = _heads_of(qkv[begin:end], heads)
-        g, o = (x[begin:end].float().unflatten(1, (heads.query, -1)).transpose(0, 1) for x in (grad, out))
-        p = torch.exp2(_causal_scores(q, k, heads.scale) / np.log(2) - lse[:, begin:end, None])
-        ds = p * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * heads.scale
-        dk, dv = (
-            (x.transpose(1, 2) @ y).unflatten(0, (heads.key_value, heads.group)).sum(1) for x, y in ((ds, q), (p, g))
-        )
-        dqkv[begin:end] = torch.cat([x.transpose(0, 1).flatten(1) for x in (ds @ k, dk, dv)], dim=1)
+    if documents.long is not None:
+        from opensloth.fused import long_documents
+
+        long_documents.attention_backward(grad, qkv, out, lse, documents.long, heads, dqkv)
+
+
+def attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one document, as `attention` has them: the definition, in plain torch."""
+    q, k, v = _heads_of(qkv, heads)
+    scores = _causal_scores(q, k, heads.scale)
+    out = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+    return out.to(qkv.dtype), torch.logsumexp(scores, dim=-1) / np.log(2)
+
+
+def attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: Heads) -> Tensor:
+    """The gradient of one document's qkv, likewise."""
+    q, k, v = _heads_of(qkv, heads)
+    g, o = (x.float().unflatten(1, (heads.query, -1)).transpose(0, 1) for x in (grad, out))
+    p = torch.exp2(_causal_scores(q, k, heads.scale) / np.log(2) - lse[:, :, None])
+    ds = p * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * heads.scale
+    dk, dv = ((x.transpose(1, 2) @ y).unflatten(0, (heads.key_value, heads.group)).sum(1) for x, y in ((ds, q), (p, g)))
+    return torch.cat([x.transpose(0, 1).flatten(1) for x in (ds @ k, dk, dv)], dim=1).to(qkv.dtype)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from opensloth import attention
 from opensloth.data.batch import Batch
 from opensloth.fused.model import FusedModel
 from opensloth.isolation import isolate_documents
-from opensloth.memory_estimate import Keeping
+from opensloth.memory_estimate import Keep, Keeping
 from opensloth.model import base_of
 from opensloth.step import Objective
 
@@ -92,6 +92,25 @@ def test_a_replay_takes_the_new_documents(trained: str, tmp_path: Path) -> None:
     for turn in range(6):
         assert same_bits(step(fused, model, batches[turn % 2], 1000)[1], without[turn % 2])
     assert not same_bits(*without)
+
+
+@trained_ways
+@pytest.mark.parametrize("keeping", [ALL_KEPT, Keeping(Keep.HOST)], ids=str)
+@pytest.mark.parametrize("kind", shapes.CONFIGS)
+def test_long_documents(kind: str, keeping: Keeping, trained: str, tmp_path: Path) -> None:
+    """By cuDNN: launched, captured and replayed; not to the same bits."""
+    loss, count, gradient = expected(kind, trained)
+    model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
+    lengths = batch.inputs["document_offsets"].diff()
+    least = int(lengths.sort().values[-2])  # of two documents
+    fused = FusedModel(base_of(model), keeping=keeping, long_document=least, chunk=500)
+    for _ in range(3):
+        found_loss, found = step(fused, model, batch, count)
+        at_most(f"{CLAIM}, of long documents: loss", abs(found_loss.item() / loss - 1), 1e-3)
+        gate.require(f"{CLAIM}, of long documents", found, gradient)
+    assert len(fused._graphs._captured) == int(CUDA)
+    _, leaked = step(fused, model, packing.merged(batch), count)
+    assert not gate.passes(leaked, gradient)
 
 
 def scratch(folder: Path, name: str) -> Path:

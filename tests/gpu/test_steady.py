@@ -183,7 +183,7 @@ def test_a_larger_batch_takes_the_place_of_smaller_ones(rows: list[Batch], tmp_p
         training.fused.release()
         del training
         torch.cuda.empty_cache()
-    at_most("memory of ever larger batches beside that of the largest alone", reserved[1] / reserved[0], 1.1)
+    at_most("memory of ever larger batches beside that of the largest alone", reserved[1] / reserved[0], 1.15)
 
 
 @pytest.mark.parametrize("keep", IN_HOST)

@@ -26,7 +26,7 @@ from opensloth.data.training_data import make_rows
 from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
-from opensloth.fused import operations
+from opensloth.fused import long_documents, operations
 from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
@@ -44,6 +44,8 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["q_proj", "v_proj", "down_proj"]
 BOUND = 1e-5
+LONG_DOCUMENT = 100
+"""Tokens: some of `documents` have more."""
 
 
 def config(**settings: Any) -> OpenSlothConfig:
@@ -125,12 +127,12 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return max(float((found[n] - expected[n]).norm()) / max(float(expected[n].norm()), least) for n in expected)
 
 
-def agreeing(model: Any, keeping: Keeping, claim: str) -> FusedModel:
+def agreeing(model: Any, keeping: Keeping, claim: str, long_document: int = 0) -> FusedModel:
     """The fast path for `model`, after its loss and gradient have been compared with autograd's."""
     batch = packed(documents())
     loss, count, *_ = accumulate_gradients(Objective(model, autocast=None), [batch], ALONE)
     expected = gradients(model)
-    fused = FusedModel(base_of(model), keeping=keeping, chunk=37)
+    fused = FusedModel(base_of(model), keeping=keeping, long_document=long_document, chunk=37)
     for _ in range(2):  # the second time all gradients start at zero again
         fused.begin_step()
         found = fused.accumulate(batch, 1 / count).item()
@@ -162,6 +164,24 @@ KINDS = pytest.mark.parametrize(("kind", "targets"), [("llama", SOME), ("qwen2",
 def test_loss_and_gradient_are_those_of_autograd(kind: str, targets: list[str], keeping: Keeping) -> None:
     """Where only the layers' inputs are kept, the MLP is computed again in parts."""
     agreeing(model_of(kind, targets=targets), keeping, "")
+
+
+@every_keeping
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_long_documents_learn_what_autograd_does(kind: str, keeping: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they attend by themselves, beside others that do not."""
+    met: list[tuple[int, ...]] = []
+    backward = long_documents.attention_backward
+    monkeypatch.setattr(
+        long_documents,
+        "attention_backward",
+        lambda grad, qkv, out, lse, long, *rest: met.append(long.lengths) or backward(grad, qkv, out, lse, long, *rest),
+    )
+    lengths = np.diff(packed(documents()).inputs["document_offsets"])
+    assert 1 < (lengths >= LONG_DOCUMENT).sum() < len(lengths)
+    agreeing(model_of(kind, targets=ALL), keeping, ", of long documents", LONG_DOCUMENT)
+    assert met
+    assert set(met) == {(operations.LONG,) * int((lengths >= LONG_DOCUMENT).sum())}
 
 
 @every_keeping

@@ -70,7 +70,7 @@ def test_all_kernels_compute_what_plain_torch_does() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "14 passed" in run.stdout
+    assert "16 passed" in run.stdout
 
 
 def where(lengths: list[int]) -> Documents:
@@ -177,13 +177,30 @@ def test_norm_of_heads_and_rotation() -> None:
 
 @kernel
 def test_rows_of_a_table_in_host_memory() -> None:
-    from opensloth.fused.kernels import embedding
+    from opensloth.fused.kernels import gather
 
     rows, width = sizes((9, 1500), (3000, 3584))
     table, ids = torch.randn(50, width).to(DTYPE), torch.randint(0, 50, (rows,))
     found = random(rows, width)
-    embedding.rows(table if INTERPRETED else table.pin_memory(), ids.to(DEVICE), found)
+    gather.gather(table if INTERPRETED else table.pin_memory(), ids.to(DEVICE), found, leave=False)
     assert torch.equal(found.cpu(), table[ids])
+
+
+@kernel
+@pytest.mark.parametrize("leave", [False, True])
+def test_rows_that_are_nowhere(leave: bool) -> None:
+    """They become zeros, or stay; what lies beside the rows is not touched."""
+    from opensloth.fused.kernels import gather
+
+    rows, width = sizes((9, 1100), (3000, 1152))
+    source, found = random(50, width + 16)[:, :width], sevens(rows, width + 16)
+    at = torch.randint(-1, 3, (rows,))
+    assert -1 in at
+    gather.gather(source, at.to(DEVICE), found[:, :width], leave=leave)
+    expected = torch.full((rows, width), 7.0)
+    operations.gather(plain(source), at, expected, leave=leave)
+    close(found[:, :width], expected, 0)
+    assert bool((found[:, width:] == 7).all())
 
 
 @kernel
