@@ -88,9 +88,9 @@ class Bench:
         return self._until - time.monotonic()
 
     def is_gated(self, leg: Leg, legs: list[Leg]) -> bool:
-        """Whether the leg may start: its group's model is there, and if it is oslo's its gradient was right.
+        """Whether the leg may start: its group's model is there, and its gradient was right, as far as is known.
 
-        A peer's gradient is compared in the process of its first leg.
+        A peer's is compared before its first leg.
         """
         if leg.group not in self._prepared:
             own = {other.kind: other for other in legs if other.program == OSLO and other.group == leg.group}
@@ -120,16 +120,16 @@ class Bench:
         made.write_documents(assets, leg, self._asked.steps)
         given: dict[str, Any] = {"assets": _text(assets), "leg": asdict(leg), "steps": self._asked.steps}
         label = f"{leg.name}, turn {turn}"
-        record, began = self._results.of(leg), time.time()
-        allowed = min(self._asked.limit, self.seconds_left())
+        record = self._results.of(leg)
+        allowed, began = min(self._asked.limit, self.seconds_left()), time.time()
         try:
             if leg.program == OSLO:
                 runs = made.home(self._asked.folder, leg.shape) / "runs"
                 figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
+            elif self._is_peer_gated(leg, given, label):
+                figures = self._run("training.peer", given | {"started": time.time(), "reference": None}, label)
             else:
-                gated = leg.start or leg.kind in self._results.gates  # of a start no speed is told
-                reference = None if gated else str(self._reference(leg))
-                figures = self._run("training.peer", given | {"started": began, "reference": reference}, label)
+                return
         except process.LegError as error:
             record["failed"] = str(error)
         except process.UnfinishedError as error:
@@ -137,16 +137,24 @@ class Bench:
             if allowed == self._asked.limit:  # else another call may give it the time
                 record["unfinished"] = str(error)
         else:
-            if verdict := figures.pop("gate", None):
-                self._results.gates[leg.kind] = verdict
-            if "first_step_seconds" in figures or "tokens_per_second" in figures:
-                about = {"steps": self._asked.steps, "leg_seconds": time.time() - began, "machine": platform.node()}
-                record["turns"][str(turn)] = figures | about
+            about = {"steps": self._asked.steps, "leg_seconds": time.time() - began, "machine": platform.node()}
+            record["turns"][str(turn)] = figures | about
         if failed := record.get("failed"):
             print(f"{label}: failed: {failed}", flush=True)
         elif found := record["turns"].get(str(turn)):
             print(f"{label}: {json.dumps(found)}", flush=True)
         self._results.write()
+
+    def _is_peer_gated(self, leg: Leg, given: dict[str, Any], label: str) -> bool:
+        """In a process of its own: what is compiled for the gate must not be what is timed. Raises as `_run` does.
+
+        Of a start no speed is told.
+        """
+        if not leg.start and leg.kind not in self._results.gates:
+            asked = given | {"reference": str(self._reference(leg))}
+            self._results.gates[leg.kind] = self._run("training.peer", asked, f"{label}, gate")
+            self._results.write()
+        return not self._results.barred(leg)
 
     def _reference(self, leg: Leg) -> Path:
         return made.home(self._asked.folder, leg.shape) / f"reference-{'full' if leg.full else 'adapter'}.pt"

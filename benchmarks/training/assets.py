@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.legs import Leg
+from training.legs import WARM, Leg
 
 MEDIAN, SPREAD = 350, 0.8
 """Of the documents' lengths in tokens, which are log-normal."""
@@ -93,7 +93,7 @@ def read(path: Path) -> list[dict[str, list[int]]]:
 
 def _count(leg: Leg, timed: int) -> int:
     mean = leg.length or MEDIAN * math.exp(SPREAD**2 / 2)
-    return max(50, min(MOST_DOCUMENTS, round((leg.warm + timed + SPARE_STEPS) * leg.rows * leg.row / mean)))
+    return max(50, min(MOST_DOCUMENTS, round((WARM + timed + SPARE_STEPS) * leg.rows * leg.row / mean)))
 
 
 def make_model(assets: Assets, shape: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m training.gate '{"assets": ..., "shape": ..., "reference": FILE, "legs": [...]}'
 
-Peers compare theirs with the file, each in the process of its first leg.
+Peers compare theirs with the file, each in a process of its own (peer.py).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 ROW = 4096
-WARM, WARM_7B = 24, 8
-"""Steps of a leg before those that are timed. A 7B step takes long, and launching its kernels hardly any of it."""
+WARM = 24
+"""Steps of a leg before those that are timed: Unsloth compiles for longer than 8."""
 OSLO = "oslo"
 ATTENTION = {"": "sdpa", "sdpa": "sdpa", "flex": "flex_attention"}
 FLASH = {"flash-attn-4": "flash_attention_4", "flash-attn": "flash_attention_2"}
@@ -37,11 +37,6 @@ class Leg:
     start: bool = False
     compiled: bool = False
     eight_bit: bool = False
-
-    @property
-    def warm(self) -> int:
-        """Steps before those that are timed."""
-        return WARM_7B if self.shape == "7b" else WARM
 
     @property
     def peer(self) -> str:
@@ -84,11 +79,11 @@ class Leg:
 
     def steps(self, timed: int) -> int:
         """Of the whole run, when `timed` are to be timed."""
-        return 2 if self.start else self.warm + timed
+        return 2 if self.start else WARM + timed
 
     def middle(self, timed: int) -> int:
         """The step after which it evaluates and saves, once: twice as many are more than it has."""
-        return self.warm + max(1, timed // 2)
+        return WARM + max(1, timed // 2)
 
 
 def lacking(leg: Leg) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from opensloth import run_config
 from training import ballast, process
 from training.assets import Assets
-from training.legs import Leg
+from training.legs import WARM, Leg
 
 POLL_SECONDS = 0.2
 
@@ -60,8 +60,8 @@ def figures(events: list[dict[str, Any]], leg: Leg, started: float) -> dict[str,
     }
     if leg.start:
         return found
-    timed = steps[leg.warm :]
-    seconds = timed[-1]["time"] - steps[leg.warm - 1]["time"]
+    timed = steps[WARM:]
+    seconds = timed[-1]["time"] - steps[WARM - 1]["time"]
     return found | {
         "tokens_per_second": sum(event["tokens"] for event in timed) / seconds,
         "target_tokens_per_second": sum(event["target_tokens"] for event in timed) / seconds,

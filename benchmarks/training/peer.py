@@ -2,13 +2,11 @@
 
     python -m training.peer '{"assets": ..., "leg": ..., "steps": 200, "started": SECONDS, "reference": FILE or null}'
 
-With a reference gradient the leg is gated first, in this process, as importing and loading take long; its time to the
-first step then says nothing and is left out.
+With a reference gradient it only compares its own with that.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
@@ -18,7 +16,7 @@ from typing import Any
 
 from training import process
 from training.assets import Assets, read
-from training.legs import Leg
+from training.legs import WARM, Leg
 
 
 def main() -> None:
@@ -38,19 +36,14 @@ def main() -> None:
     process.say("model loaded")
     trainer = _trainer(assets, leg, timed, model, tokenizer, gate=bool(asked["reference"]))
     process.say("data prepared")
-    verdict = None
     if asked["reference"]:
-        verdict = _gate(trainer, Path(asked["reference"]))
-        process.say(f"gate: {verdict}")
-        if not verdict["passed"]:
-            process.answer({"gate": verdict})
-            return
+        process.answer(_gate(trainer, Path(asked["reference"])))
+        return
     clock = _clock(trainer, leg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    first = {"first_step_seconds": clock.first - asked["started"]} if verdict is None else {}
-    process.answer({**clock.result(), **first, "gate": verdict})
+    process.answer({**clock.result(), "first_step_seconds": clock.first - asked["started"]})
 
 
 def _give_flash_whole_numbers() -> None:
@@ -88,15 +81,12 @@ def _trainer(assets: Assets, leg: Leg, timed: int, model: Any, tokenizer: Any, *
         gradient_checkpointing=leg.recompute != "off" and leg.peer != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False}, torch_compile=leg.compiled, **within,
     )  # fmt: skip
-    others = {name: Dataset.from_list(read(path)) for name, path in _others(assets, leg, gate=gate).items()}
+    other = assets.gate if gate else assets.evaluation if leg.within else None
     return SFTTrainer(
         model=model, processing_class=tokenizer, args=arguments,
-        train_dataset=Dataset.from_list(read(assets.train)), eval_dataset=others or None,
+        train_dataset=Dataset.from_list(read(assets.train)),
+        eval_dataset=Dataset.from_list(read(other)) if other else None,
     )  # fmt: skip
-
-
-def _others(assets: Assets, leg: Leg, *, gate: bool) -> dict[str, Path]:
-    return ({"gate": assets.gate} if gate else {}) | ({"evaluation": assets.evaluation} if leg.within else {})
 
 
 def _model(assets: Assets, leg: Leg) -> tuple[Any, Any]:
@@ -139,26 +129,18 @@ def _unsloth_model(assets: Assets, leg: Leg) -> tuple[Any, Any]:
 
 
 def _gate(trainer: Any, reference: Path) -> dict[str, Any]:
-    """Of one step on the gate's documents, as this trainer packs them; then as if it had not been."""
+    """Of one step on the gate's documents, as this trainer packs them."""
     import torch
 
     from training import gradient
 
     model = trainer.model
     model.train()
-    batch = next(iter(trainer.get_eval_dataloader("gate")))
+    batch = next(iter(trainer.get_eval_dataloader()))
     targets = (batch["labels"][..., 1:] != gradient.IGNORED).sum()
     trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(model, batch, targets)
-    found = gradient.gradients(model)
-    model.zero_grad(set_to_none=True)
-    trainer.eval_dataset = trainer.eval_dataset.get("evaluation")
-    del batch
-    gc.collect()
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return gradient.judged(found, torch.load(reference, weights_only=True))
+    return gradient.judged(gradient.gradients(model), torch.load(reference, weights_only=True))
 
 
 def _clock(trainer: Any, leg: Leg) -> Any:
@@ -172,15 +154,15 @@ def _clock(trainer: Any, leg: Leg) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             step = state.global_step
-            if step in (1, leg.warm, state.max_steps):
+            if step in (1, WARM, state.max_steps):
                 _wait()
                 self.first = self.first or time.time()
                 self.until = time.perf_counter()
-            if step == leg.warm:
+            if step == WARM:
                 self.since, self.tokens = self.until, 0
             if process.worth_saying(step):
                 passed = time.perf_counter() - self.since
-                process.say(f"step {step}" + (f", {self.tokens / passed:,.0f} tokens/s" if step > leg.warm else ""))
+                process.say(f"step {step}" + (f", {self.tokens / passed:,.0f} tokens/s" if step > WARM else ""))
 
         def result(self) -> dict[str, Any]:
             peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
