@@ -278,6 +278,8 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
     if keeping.keep is Keep.HOST_INPUTS:  # and of the one before it
         here *= 2
     kept = whole * of_whole + (shape.layers - whole) * of_other + here * tokens
+    if whole:  # the last layer is one of these, and its MLP is computed for targets alone
+        kept -= _HALF * row_stride(2 * shape.intermediate, _ranks(method)[2]) * (tokens - batch.targets)
     layer = work_of_whole if whole else 0.0
     if whole < shape.layers:
         layer = max(layer, work_of_other - whole * of_whole)
