@@ -129,16 +129,15 @@ def difference(device: torch.device, heads: Heads, size: int, tokens: int) -> fl
     generator = torch.Generator(device).manual_seed(0)
     widths = (heads.query + 2 * heads.key_value) * size, heads.query * size
     qkv, grad = (torch.randn(tokens, width, device=device, generator=generator).bfloat16() for width in widths)
-    expected = _computed(grad, qkv, _tiled(tokens, device), heads)
-    documents = _long(tokens, device)
-    _computed(grad, qkv, documents, heads)  # kernels are chosen, and are not to be while captured
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        found = _computed(grad, qkv, documents, heads)
-    graph.replay()
-    offs = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(found, expected, strict=True)]
-    return max(float(off) for off in offs)
+    with torch.cuda.device(device):
+        expected = _computed(grad, qkv, _tiled(tokens, device), heads)
+        documents, graph = _long(tokens, device), torch.cuda.CUDAGraph()
+        _computed(grad, qkv, documents, heads)  # kernels are chosen, which must not happen while they are captured
+        with torch.cuda.graph(graph):
+            found = _computed(grad, qkv, documents, heads)
+        graph.replay()
+        offs = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(found, expected, strict=True)]
+        return max(float(off) for off in offs)
 
 
 def _tiled(tokens: int, device: torch.device) -> Documents:
