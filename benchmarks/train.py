@@ -121,15 +121,16 @@ class Bench:
         given: dict[str, Any] = {"assets": _text(assets), "leg": asdict(leg), "steps": self._asked.steps}
         label = f"{leg.name}, turn {turn}"
         record = self._results.of(leg)
-        allowed, began = min(self._asked.limit, self.seconds_left()), time.time()
+        began, allowed = time.time(), 0.0
         try:
+            if leg.program != OSLO and not self._is_peer_gated(leg, given, label):
+                return
+            began, allowed = time.time(), min(self._asked.limit, self.seconds_left())
             if leg.program == OSLO:
                 runs = made.home(self._asked.folder, leg.shape) / "runs"
                 figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
-            elif self._is_peer_gated(leg, given, label):
-                figures = self._run("training.peer", given | {"started": time.time(), "reference": None}, label)
             else:
-                return
+                figures = self._run("training.peer", given | {"started": began, "reference": None}, label)
         except process.LegError as error:
             record["failed"] = str(error)
         except process.UnfinishedError as error:
@@ -152,7 +153,9 @@ class Bench:
         """
         if not leg.start and leg.kind not in self._results.gates:
             asked = given | {"reference": str(self._reference(leg))}
-            self._results.gates[leg.kind] = self._run("training.peer", asked, f"{label}, gate")
+            verdict = self._run("training.peer", asked, f"{label}, gate")
+            print(f"{label}, gate: {json.dumps(verdict)}", flush=True)
+            self._results.gates[leg.kind] = verdict
             self._results.write()
         return not self._results.barred(leg)
 

@@ -43,8 +43,8 @@ def choose(
         from opensloth.fused.objective import FusedObjective
 
         full = rows_per_batch * rows.capacity
+        long_document, of_long = least_for(base_of(model), longest_document)  # loads kernels: before memory is counted
         keeping = _keeping(model, config.fast_model_args, full, moment_bytes(optim))
-        long_document, of_long = least_for(base_of(model), longest_document)
         why = "asked for" if config.engine == "fused" else "forward and backward by hand, in few kernels"
         objective = FusedObjective(
             model, autocast=autocast, keeping=keeping, full_batch=full, long_document=long_document, beat=beat

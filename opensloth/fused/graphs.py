@@ -50,7 +50,7 @@ class Graphs:
         self._device = device
         self._captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = {}
         self._seen: set[tuple[int, ...]] = set()
-        self._most = (0, 0)
+        self._most = (0, 0, 0)
 
     def replayed(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
         """What `run` returns, a scalar. inputs: on the CPU.
@@ -79,12 +79,13 @@ class Graphs:
         return result.clone()
 
     def _make_room(self, inputs: Inputs) -> None:
-        """Before the longest batch so far, and of those of one length that of the most targets: the blocks of shorter
-        ones are of little use to it, so they are given back. Shorter ones of more targets find room in its blocks.
+        """Before the longest batch so far, of those of one length that with the most of long documents, and of these
+        that of the most targets: the blocks of shorter ones are of little use to it, so they are given back. Shorter
+        ones of more targets find room in its blocks.
 
         Within a pool torch looks for room nowhere else, so what is cached outside is given back too.
         """
-        size = len(inputs.ids), len(inputs.targets)
+        size = len(inputs.ids), sum(inputs.long_lengths), len(inputs.targets)
         if size <= self._most:
             return
         if self._device.type == "cuda":

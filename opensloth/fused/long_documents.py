@@ -9,31 +9,36 @@ cuDNN adds up gradients of queries in whatever order they come: the same batch n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opensloth.errors import one_line
 from opensloth.fused import operations
 from opensloth.fused.operations import Documents, Heads, LongDocuments
 from opensloth.model_shape import ModelShape
 
 LEAST = 8192
 """Tokens from which on a document is long."""
-_TRIED = 700
-"""Tokens of the document by which cuDNN is tried."""
-_BOUND = 0.02
+_HOPPER = 9
+"""Its compute capability."""
+_TRIED, _FAR = 700, 140.0
+"""Tokens of the document by which cuDNN is tried, and what is added to its scores or taken from them."""
+_BOUND = 0.03
 """Relative L2 distance from our own kernels, both in bfloat16."""
 _LOG2_E = 1 / math.log(2)
 
 
 def attention(qkv: Tensor, long: LongDocuments, heads: Heads, out: Tensor, lse: Tensor) -> None:
     """As `operations.attention`: rows of `out`, and columns of `lse`, of long documents are written."""
-    alone = _in_places(qkv, long)
-    of_each = [_attend(one, heads) for one in alone.split(long.lengths)]
-    outs, sums = zip(*of_each, strict=True)
-    operations.gather(_joined(outs), long.places, out, leave=True)
+    sums = []
+    for rows in long.rows.split(long.lengths):
+        attended, of_one = _attend(_in_places(qkv, rows), heads)
+        operations.scatter(attended, rows, out)
+        sums.append(of_one)
     lse.copy_(torch.where(long.places >= 0, torch.cat(sums, 1)[:, long.places.clamp(min=0)], lse))
 
 
@@ -41,21 +46,20 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, long: LongDocuments, heads: Heads, dqkv: Tensor
 ) -> None:
     """As `operations.attention_backward`: rows of `dqkv` of long documents are written."""
-    grads, qkvs, outs = (_in_places(matrix, long).split(long.lengths) for matrix in (grad, qkv, out))
-    sums = torch.where(long.rows >= 0, lse[:, long.rows.clamp(min=0)], 0.0).split(long.lengths, dim=1)
-    of_each = [_attend_backward(*one, heads) for one in zip(grads, qkvs, outs, sums, strict=True)]
-    operations.gather(_joined(of_each), long.places, dqkv, leave=True)
+    for rows in long.rows.split(long.lengths):
+        sums = torch.where(rows >= 0, lse[:, rows.clamp(min=0)], 0.0)
+        found = _attend_backward(_in_places(grad, rows), _in_places(qkv, rows), _in_places(out, rows), sums, heads)
+        widths = [part.shape[1] for part in found]
+        for part, place in zip(found, dqkv.split(widths, dim=1), strict=True):
+            operations.scatter(part, rows, place)
+        del found, part  # before the next one's are made
 
 
-def _in_places(matrix: Tensor, long: LongDocuments) -> Tensor:
-    """[S, width], zeros in room."""
-    out = matrix.new_empty(len(long.rows), matrix.shape[1])
-    operations.gather(matrix, long.rows, out)
+def _in_places(matrix: Tensor, rows: Tensor) -> Tensor:
+    """[n, width], zeros in room."""
+    out = matrix.new_empty(len(rows), matrix.shape[1])
+    operations.gather(matrix, rows, out)
     return out
-
-
-def _joined(parts: Any) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
@@ -63,29 +67,33 @@ def _attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     if not qkv.is_cuda:
         return operations.attend(qkv, heads)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *_by_head(qkv, heads), None, True, 0.0, True, False, scale=heads.scale
+        *_queries_keys_values(qkv, heads), None, True, 0.0, True, False, scale=heads.scale
     )
     return _by_token(found[0]), found[1].reshape(heads.query, -1) * _LOG2_E
 
 
-def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: Heads) -> Tensor:
-    """As `operations.attend_backward`."""
+def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    """Parts, side by side, of what `operations.attend_backward` returns."""
     if not qkv.is_cuda:
-        return operations.attend_backward(grad, qkv, out, lse, heads)
+        return (operations.attend_backward(grad, qkv, out, lse, heads),)
     count, natural = len(qkv), (lse / _LOG2_E)[None, :, :, None]
     unused = torch.empty((), dtype=torch.int64, device=qkv.device)  # what only dropout reads
-    whole, given = Heads(heads.query, 0, heads.scale), _by_head(qkv, heads)
-    (g, *_), (o, *_) = _by_head(grad, whole), _by_head(out, whole)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        g, *given, o, natural, unused, unused, None, None, None, count, count, 0.0, True, scale=heads.scale
-    )
-    return torch.cat([_by_token(part) for part in found], dim=1)
+        _by_head(grad, heads.query), *_queries_keys_values(qkv, heads), _by_head(out, heads.query), natural,
+        unused, unused, None, None, None, count, count, 0.0, True, scale=heads.scale,
+    )  # fmt: skip
+    return tuple(_by_token(part) for part in found)
 
 
-def _by_head(rows: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-    """Queries, keys and values of [n, (query + 2 key_value) * D], each [1, heads, n, D], nothing copied."""
+def _queries_keys_values(qkv: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    """Each [1, heads, n, D], nothing copied. qkv: [n, (query + 2 key_value) * D]."""
     counts = (heads.query, heads.key_value, heads.key_value)
-    return rows.unflatten(1, (sum(counts), -1)).transpose(0, 1)[None].split(counts, dim=1)
+    return _by_head(qkv, sum(counts)).split(counts, dim=1)
+
+
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """[n, heads * D] as [1, heads, n, D]."""
+    return rows.unflatten(1, (heads, -1))[None].transpose(1, 2)
 
 
 def _by_token(heads: Tensor) -> Tensor:
@@ -112,32 +120,45 @@ def least_for(base: Any, longest: int) -> tuple[int, str]:
 
 
 def _reason_against(device: torch.device, heads: Heads, size: int) -> str | None:
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return "on a GPU this old cuDNN was not compared"
+    if torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        return "cuDNN's kernels were compared on Hopper only"
     try:
         off = difference(device, heads, size, _TRIED)
     except (RuntimeError, TypeError, AttributeError) as error:  # of private functions, which may come to differ
-        return f"cuDNN does not compute it ({str(error).splitlines()[0]})"
+        return f"cuDNN's attention fails ({one_line(str(error).partition(chr(10))[0])})"
     return None if off < _BOUND else f"cuDNN computes something else ({off:.3g} off)"
 
 
 def difference(device: torch.device, heads: Heads, size: int, tokens: int) -> float:
     """How far from our own kernels are cuDNN's, captured and replayed, by the largest relative L2 distance.
 
-    Of output, sums and gradient of one document of so many random tokens.
+    Of output, sums and gradient of one document of so many random tokens: by turns with scores far below zero and far
+    above it.
     """
     generator = torch.Generator(device).manual_seed(0)
     widths = (heads.query + 2 * heads.key_value) * size, heads.query * size
     qkv, grad = (torch.randn(tokens, width, device=device, generator=generator).bfloat16() for width in widths)
-    with torch.cuda.device(device):
+    queries, keys, _ = (part[0] for part in _queries_keys_values(qkv, heads))  # [heads, n, D], views
+    apart = math.sqrt(_FAR / (size * heads.scale))
+    queries += apart
+    keys[0::2] -= apart
+    keys[1::2] += apart
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         expected = _computed(grad, qkv, _tiled(tokens, device), heads)
         documents, graph = _long(tokens, device), torch.cuda.CUDAGraph()
         _computed(grad, qkv, documents, heads)  # kernels are chosen, which must not happen while they are captured
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             found = _computed(grad, qkv, documents, heads)
         graph.replay()
-        offs = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(found, expected, strict=True)]
-        return max(float(off) for off in offs)
+        return farthest(found, expected)
+
+
+def farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative L2 distance; NaN if any is."""
+    offs = [
+        (one.float() - other.float()).norm() / other.float().norm() for one, other in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(offs).max())
 
 
 def _tiled(tokens: int, device: torch.device) -> Documents:

@@ -19,13 +19,17 @@ from torch import Tensor
 
 TILE = 64
 """Tokens of an attention tile."""
-LONG = 512
-"""Steps in which a long document's places grow: lengths have to come again."""
+ROOM_STEP = 512
+"""Steps in which a long document's places grow, as lengths have to come again.
+
+A multiple of 128: with 64 keys over, cuDNN's way back has been seen to give NaN on Hopper where a row's scores are far
+below zero (pytorch/pytorch#196678).
+"""
 
 
 @dataclass(frozen=True)
 class LongDocuments:
-    """Documents that attend each by itself, end to end in places of their own with room behind each.
+    """Documents that attend each by itself: they lie end to end, shorter ones first, with room behind each.
 
     lengths: room included; S in all. rows: int64 [S], the token in each place, -1 in room. places: int64 [T], each
     token's place, -1 if it has none.
@@ -78,12 +82,13 @@ def tiles_of(offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return np.array(rows, dtype=np.int32)
 
 
-def long_documents_of(bounds: Sequence[tuple[int, int]], tokens: int) -> LongDocuments:
+def long_documents_of(bounds: Iterable[tuple[int, int]], tokens: int) -> LongDocuments:
     """Of those that begin and end there, among so many tokens; on the CPU. Without any, all is empty."""
-    lengths = tuple(-(-(end - begin) // LONG) * LONG for begin, end in bounds)
-    rows, places = torch.full((sum(lengths),), -1), torch.full((tokens if bounds else 0,), -1)
+    with_room = sorted((-(-(end - begin) // ROOM_STEP) * ROOM_STEP, begin, end) for begin, end in bounds)
+    lengths = tuple(length for length, *_ in with_room)
+    rows, places = torch.full((sum(lengths),), -1), torch.full((tokens if lengths else 0,), -1)
     at = 0
-    for (begin, end), length in zip(bounds, lengths, strict=True):
+    for length, begin, end in with_room:
         rows[at : at + end - begin] = torch.arange(begin, end)
         places[begin:end] = torch.arange(at, at + end - begin)
         at += length
@@ -99,18 +104,27 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def gather(source: Tensor, at: Tensor, out: Tensor, *, leave: bool = False) -> None:
-    """out = source[at], and zeros where `at` is -1, or what was there. source: [V, D]; at: int64 [n]; out: [n, D].
+def gather(source: Tensor, at: Tensor, out: Tensor) -> None:
+    """out = source[at], and zeros where `at` is -1. source: [V, D]; at: int64 [n]; out: [n, D].
 
     source may lie in pinned host memory where the others are on a GPU.
     """
     if at.is_cuda:
-        from opensloth.fused.kernels import gather as kernels
+        from opensloth.fused.kernels import rows
 
-        kernels.gather(source, at, out, leave=leave)
+        rows.gather(source, at, out)
         return
-    found = source[at.clamp(min=0)]
-    out.copy_(torch.where((at >= 0)[:, None], found, out if leave else torch.zeros_like(found)))
+    out.copy_(source[at.clamp(min=0)].masked_fill((at < 0)[:, None], 0))
+
+
+def scatter(source: Tensor, at: Tensor, out: Tensor) -> None:
+    """out[at] = source, but where `at` is -1. source: [n, D]; at: int64 [n], no row twice; out: [V, D]."""
+    if at.is_cuda:
+        from opensloth.fused.kernels import rows
+
+        rows.scatter(source, at, out)
+        return
+    out[at[at >= 0]] = source[at >= 0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def test_long_documents_learn_what_autograd_does(kind: str, keeping: Keeping, mo
     assert 1 < (lengths >= LONG_DOCUMENT).sum() < len(lengths)
     agreeing(model_of(kind, targets=ALL), keeping, ", of long documents", LONG_DOCUMENT)
     assert met
-    assert set(met) == {(operations.LONG,) * int((lengths >= LONG_DOCUMENT).sum())}
+    assert set(met) == {(operations.ROOM_STEP,) * int((lengths >= LONG_DOCUMENT).sum())}
 
 
 @every_keeping

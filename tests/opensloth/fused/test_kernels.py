@@ -177,28 +177,27 @@ def test_norm_of_heads_and_rotation() -> None:
 
 @kernel
 def test_rows_of_a_table_in_host_memory() -> None:
-    from opensloth.fused.kernels import gather
+    from opensloth.fused.kernels import rows
 
-    rows, width = sizes((9, 1500), (3000, 3584))
-    table, ids = torch.randn(50, width).to(DTYPE), torch.randint(0, 50, (rows,))
-    found = random(rows, width)
-    gather.gather(table if INTERPRETED else table.pin_memory(), ids.to(DEVICE), found, leave=False)
+    count, width = sizes((9, 1500), (3000, 3584))
+    table, ids = torch.randn(50, width).to(DTYPE), torch.randint(0, 50, (count,))
+    found = random(count, width)
+    rows.gather(table if INTERPRETED else table.pin_memory(), ids.to(DEVICE), found)
     assert torch.equal(found.cpu(), table[ids])
 
 
 @kernel
-@pytest.mark.parametrize("leave", [False, True])
-def test_rows_that_are_nowhere(leave: bool) -> None:
-    """They become zeros, or stay; what lies beside the rows is not touched."""
-    from opensloth.fused.kernels import gather
+@pytest.mark.parametrize("kind", ["gather", "scatter"])
+def test_rows_that_are_nowhere(kind: str) -> None:
+    """Taken they are zeros, put they are left out; what lies beside the rows is not touched."""
+    from opensloth.fused.kernels import rows
 
-    rows, width = sizes((9, 1100), (3000, 1152))
-    source, found = random(50, width + 16)[:, :width], sevens(rows, width + 16)
-    at = torch.randint(-1, 3, (rows,))
-    assert -1 in at
-    gather.gather(source, at.to(DEVICE), found[:, :width], leave=leave)
-    expected = torch.full((rows, width), 7.0)
-    operations.gather(plain(source), at, expected, leave=leave)
+    count, width = sizes((9, 1100), (3000, 1152))
+    source, found = random(count, width + 16)[:, :width], sevens(count, width + 16)
+    at = torch.where(torch.arange(count) % 3 == 1, -1, torch.randperm(count))
+    expected = torch.full((count, width), 7.0)
+    getattr(operations, kind)(plain(source), at, expected)
+    getattr(rows, kind)(source, at.to(DEVICE), found[:, :width])
     close(found[:, :width], expected, 0)
     assert bool((found[:, width:] == 7).all())
 

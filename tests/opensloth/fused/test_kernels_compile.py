@@ -76,7 +76,7 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     import numpy as np
     import torch
 
-    from opensloth.fused.kernels import attention, elementwise, gather
+    from opensloth.fused.kernels import attention, elementwise, rows
     from opensloth.fused.operations import Heads, tiles_of
     from opensloth.memory_estimate import BORDER
 
@@ -90,8 +90,8 @@ def _launch_layer(query: int, key_value: int, dim: int, tokens: int = 512) -> No
     lse, scale = torch.empty(query, tokens), torch.empty(tokens)
     attention.forward(qkv, tiles, heads, bordered, lse)
     attention.backward(x, qkv, bordered, lse, tiles, heads, dqkv)
-    for leave in (False, True):
-        gather.gather(matrix(width), torch.empty(tokens, dtype=torch.int64), bordered, leave=leave)
+    for taken_or_put in (rows.gather, rows.scatter):
+        taken_or_put(matrix(width), torch.empty(tokens, dtype=torch.int64), bordered)
     elementwise.rms_norm(x, weight, 1e-6, bordered, scale)
     elementwise.rms_norm_backward(x, x, weight, scale, bordered, x)
     elementwise.norm_gradient(x, x, scale)
