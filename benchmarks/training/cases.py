@@ -141,9 +141,9 @@ CASES = {
         aim=2,
     ),
     "tiny-full": Case(
-        title="to try the benchmark itself: every weight, an evaluation and a checkpoint within",
-        own=_legs(OSLO, **_TINY, full=True, within=True),
-        peers=_legs("trl/sdpa", **_TINY, full=True, within=True),
+        title="to try the benchmark itself: every weight, an evaluation and a checkpoint within, one document a row",
+        own=_legs(OSLO, **_TINY, length=3072, full=True, within=True),
+        peers=_legs("trl/sdpa", **_TINY, length=3072, full=True, within=True),
         bound_gib="peer",
     ),
 }

@@ -38,10 +38,22 @@ def test_a_leg_is_timed_once_its_gradient_is_right(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     out = said(
         "train.py",
-        *("--results", str(file), "--cases", "tiny", "--steps", "2", "--repeat", "1", "--folder", str(tmp_path)),
+        *(
+            "--results",
+            str(file),
+            "--cases",
+            "tiny,tiny-full",
+            "--steps",
+            "2",
+            "--repeat",
+            "1",
+            "--folder",
+            str(tmp_path),
+        ),
     )
     found = json.loads(file.read_text())
-    (own,) = (leg for name, leg in found["legs"].items() if name.startswith("oslo"))
-    assert own["turns"]["1"]["tokens_per_second"] > 0
+    own = [leg for name, leg in found["legs"].items() if name.startswith("oslo")]
+    assert len(own) == 2
+    assert all(leg["turns"]["1"]["tokens_per_second"] > 0 for leg in own)
     assert all(gate["passed"] for gate in found["gates"].values())
     assert "which must fail: " in out
