@@ -33,6 +33,7 @@ def test_steps_alone(extra: tuple[str, ...]) -> None:
     ]
 
 
+@pytest.mark.timeout(240)  # two cases, each with a gate and two programs
 def test_a_leg_is_timed_once_its_gradient_is_right(tmp_path: Path) -> None:
     """A peer may end before its gate here, or be missing, and is named then."""
     file = tmp_path / "results.json"

@@ -5,8 +5,6 @@ What they are taken from may lie in pinned host memory, which has one address fo
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,16 +34,17 @@ def _scatter(source_ptr, at_ptr, out_ptr, stride_source, stride_out, width, BLOC
 
 def gather(source: Tensor, at: Tensor, out: Tensor) -> None:
     """As `operations.gather`."""
-    _launch(_gather, source, at, out)
+    grid, sizes = _division(source, at, out)
+    _gather[grid](source, at, out, *sizes, BLOCK=_BLOCK, num_warps=4)
 
 
 def scatter(source: Tensor, at: Tensor, out: Tensor) -> None:
     """As `operations.scatter`."""
-    _launch(_scatter, source, at, out)
+    grid, sizes = _division(source, at, out)
+    _scatter[grid](source, at, out, *sizes, BLOCK=_BLOCK, num_warps=4)
 
 
-def _launch(kernel: Any, source: Tensor, at: Tensor, out: Tensor) -> None:
+def _division(source: Tensor, at: Tensor, out: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """A kernel's grid, and the strides and the width that it is given."""
     width = source.shape[1]
-    kernel[(len(at), triton.cdiv(width, _BLOCK))](
-        source, at, out, source.stride(0), out.stride(0), width, BLOCK=_BLOCK, num_warps=4
-    )
+    return (len(at), triton.cdiv(width, _BLOCK)), (source.stride(0), out.stride(0), width)
