@@ -120,44 +120,50 @@ class Bench:
         made.write_documents(assets, leg, self._asked.steps)
         given: dict[str, Any] = {"assets": _text(assets), "leg": asdict(leg), "steps": self._asked.steps}
         label = f"{leg.name}, turn {turn}"
-        record = self._results.of(leg)
-        began, allowed = time.time(), 0.0
-        try:
-            if leg.program != OSLO and not self._is_peer_gated(leg, given, label):
-                return
-            began, allowed = time.time(), min(self._asked.limit, self.seconds_left())
-            if leg.program == OSLO:
-                runs = made.home(self._asked.folder, leg.shape) / "runs"
-                figures = self._run("training.oslo", given | {"runs": str(runs)}, label)
-            else:
-                figures = self._run("training.peer", given | {"started": began, "reference": None}, label)
-        except process.LegError as error:
-            record["failed"] = str(error)
-        except process.UnfinishedError as error:
-            print(f"{label}: {error}", flush=True)
-            if allowed == self._asked.limit:  # else another call may give it the time
-                record["unfinished"] = str(error)
+        if leg.program != OSLO and not self._is_peer_gated(leg, given, label):
+            return
+        began = time.time()
+        if leg.program == OSLO:
+            runs = made.home(self._asked.folder, leg.shape) / "runs"
+            figures = self._tried(leg, "training.oslo", given | {"runs": str(runs)}, label)
         else:
-            about = {"steps": self._asked.steps, "leg_seconds": time.time() - began, "machine": platform.node()}
-            record["turns"][str(turn)] = figures | about
-        if failed := record.get("failed"):
-            print(f"{label}: failed: {failed}", flush=True)
-        elif found := record["turns"].get(str(turn)):
-            print(f"{label}: {json.dumps(found)}", flush=True)
+            figures = self._tried(leg, "training.peer", given | {"started": began, "reference": None}, label)
+        if figures is None:
+            return
+        about = {"steps": self._asked.steps, "leg_seconds": time.time() - began, "machine": platform.node()}
+        self._results.of(leg)["turns"][str(turn)] = figures | about
+        print(f"{label}: {json.dumps(figures | about)}", flush=True)
         self._results.write()
 
     def _is_peer_gated(self, leg: Leg, given: dict[str, Any], label: str) -> bool:
-        """In a process of its own: what is compiled for the gate must not be what is timed. Raises as `_run` does.
+        """In a process of its own: what is compiled for the gate must not be what is timed.
 
         Of a start no speed is told.
         """
         if not leg.start and leg.kind not in self._results.gates:
             asked = given | {"reference": str(self._reference(leg))}
-            verdict = self._run("training.peer", asked, f"{label}, gate")
+            verdict = self._tried(leg, "training.peer", asked, f"{label}, gate")
+            if verdict is None:
+                return False
             print(f"{label}, gate: {json.dumps(verdict)}", flush=True)
             self._results.gates[leg.kind] = verdict
             self._results.write()
         return not self._results.barred(leg)
+
+    def _tried(self, leg: Leg, module: str, given: dict[str, Any], label: str) -> dict[str, Any] | None:
+        """What it answers; None when it fails or is not finished, which is said and kept."""
+        record, allowed = self._results.of(leg), min(self._asked.limit, self.seconds_left())
+        try:
+            return self._run(module, given, label)
+        except process.LegError as error:
+            record["failed"] = str(error)
+            print(f"{label}: failed: {error}", flush=True)
+        except process.UnfinishedError as error:
+            print(f"{label}: {error}", flush=True)
+            if allowed == self._asked.limit:  # else another call may give it the time
+                record["unfinished"] = str(error)
+        self._results.write()
+        return None
 
     def _reference(self, leg: Leg) -> Path:
         return made.home(self._asked.folder, leg.shape) / f"reference-{'full' if leg.full else 'adapter'}.pt"

@@ -269,8 +269,8 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
     """kept, loss, layer of `opensloth.fused`."""
     width, tokens, whole = shape.hidden, batch.tokens, keeping.whole_of(shape.layers)
     of_other, work_of_other = _fused_layer(shape, method, batch, keeping.keep)
+    of_mlp = _HALF * row_stride(2 * shape.intermediate, _ranks(method)[2])
     if keeping.keep is Keep.HOST:
-        of_mlp = _HALF * row_stride(2 * shape.intermediate, _ranks(method)[2])
         of_whole, work_of_whole = of_other + of_mlp * tokens, work_of_other - of_mlp * _part(shape, batch, Keep.HOST)
     else:
         of_whole, work_of_whole = _fused_layer(shape, method, batch, Keep.ALL)
@@ -279,7 +279,7 @@ def _fused_working(shape: ModelShape, method: Method, batch: Batch, keeping: Kee
         here *= 2
     kept = whole * of_whole + (shape.layers - whole) * of_other + here * tokens
     if whole:  # the last layer is one of these, and its MLP is computed for targets alone
-        kept -= _HALF * row_stride(2 * shape.intermediate, _ranks(method)[2]) * (tokens - batch.targets)
+        kept -= of_mlp * (tokens - batch.targets)
     layer = work_of_whole if whole else 0.0
     if whole < shape.layers:
         layer = max(layer, work_of_other - whole * of_whole)

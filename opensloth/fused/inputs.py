@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,19 @@ from torch import Tensor
 
 from opensloth.data.batch import Batch
 from opensloth.data.documents import IGNORE
-from opensloth.fused.operations import LongDocuments, long_documents_of, tiles_of
+from opensloth.fused.operations import LongDocuments, tiles_of
 
 TOKENS = 256
 """Steps in which the number of tokens grows, and the least of the steps of targets and tiles."""
 NEARLY = 15 / 16
 """From this part of a full batch on, a batch is filled up: of many lengths each would need blocks of memory that no
 longer batch can use again."""
+ROOM_STEP = 512
+"""Steps in which a long document's places grow, as lengths have to come again.
+
+A multiple of 128: with 64 keys over, cuDNN's way back has been seen to give NaN on Hopper where a row's scores are far
+below zero (pytorch/pytorch#196678).
+"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,19 @@ def inputs_of(batch: Batch, scale: float, full: int = 0, *, long: int = 0) -> In
         long_rows=long_documents.rows,
         long_places=long_documents.places,
     )
+
+
+def long_documents_of(bounds: Iterable[tuple[int, int]], tokens: int) -> LongDocuments:
+    """Of those that begin and end there, among so many tokens; on the CPU. Without any, all is empty."""
+    with_room = sorted((_up(end - begin, ROOM_STEP), begin, end) for begin, end in bounds)
+    lengths = tuple(length for length, *_ in with_room)
+    rows, places = torch.full((sum(lengths),), -1), torch.full((tokens if lengths else 0,), -1)
+    at = 0
+    for length, begin, end in with_room:
+        rows[at : at + end - begin] = torch.arange(begin, end)
+        places[begin:end] = torch.arange(at, at + end - begin)
+        at += length
+    return LongDocuments(lengths, rows, places)
 
 
 def padded_tokens(tokens: int, full: int = 0) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from opensloth.errors import one_line
 from opensloth.fused import operations
-from opensloth.fused.operations import Documents, Heads, LongDocuments
+from opensloth.fused.inputs import long_documents_of
+from opensloth.fused.operations import LOG2_E, Documents, Heads, LongDocuments
 from opensloth.model_shape import ModelShape
 
 LEAST = 8192
@@ -29,7 +30,6 @@ _TRIED, _FAR = 700, 140.0
 """Tokens of the document by which cuDNN is tried, and what is added to its scores or taken from them."""
 _BOUND = 0.03
 """Relative L2 distance from our own kernels, both in bfloat16."""
-_LOG2_E = 1 / math.log(2)
 
 
 def attention(qkv: Tensor, long: LongDocuments, heads: Heads, out: Tensor, lse: Tensor) -> None:
@@ -69,14 +69,14 @@ def _attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *_queries_keys_values(qkv, heads), None, True, 0.0, True, False, scale=heads.scale
     )
-    return _by_token(found[0]), found[1].reshape(heads.query, -1) * _LOG2_E
+    return _by_token(found[0]), found[1].reshape(heads.query, -1) * LOG2_E
 
 
 def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: Heads) -> tuple[Tensor, ...]:
     """Parts, side by side, of what `operations.attend_backward` returns."""
     if not qkv.is_cuda:
         return (operations.attend_backward(grad, qkv, out, lse, heads),)
-    count, natural = len(qkv), (lse / _LOG2_E)[None, :, :, None]
+    count, natural = len(qkv), (lse / LOG2_E)[None, :, :, None]
     unused = torch.empty((), dtype=torch.int64, device=qkv.device)  # what only dropout reads
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         _by_head(grad, heads.query), *_queries_keys_values(qkv, heads), _by_head(out, heads.query), natural,
@@ -169,7 +169,7 @@ def _tiled(tokens: int, device: torch.device) -> Documents:
 
 def _long(tokens: int, device: torch.device) -> Documents:
     """One that is."""
-    nothing, one = torch.empty(0), operations.long_documents_of([(0, tokens)], tokens)
+    nothing, one = torch.empty(0), long_documents_of([(0, tokens)], tokens)
     moved = LongDocuments(one.lengths, one.rows.to(device), one.places.to(device))
     return Documents([0, tokens], torch.empty(0, 3, dtype=torch.int32), nothing, nothing, moved)
 

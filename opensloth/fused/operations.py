@@ -7,6 +7,7 @@ machine without a GPU. T tokens; rows may lie in a wider buffer, dense in their 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,8 @@ from torch import Tensor
 
 TILE = 64
 """Tokens of an attention tile."""
-ROOM_STEP = 512
-"""Steps in which a long document's places grow, as lengths have to come again.
-
-A multiple of 128: with 64 keys over, cuDNN's way back has been seen to give NaN on Hopper where a row's scores are far
-below zero (pytorch/pytorch#196678).
-"""
+LOG2_E = 1 / math.log(2)
+"""exp(a) = 2 ** (a * LOG2_E)."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +77,6 @@ def tiles_of(offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     bounds = itertools.pairwise(offsets.tolist())
     rows = [(at, begin, end) for begin, end in bounds for at in range(begin, end, TILE)]
     return np.array(rows, dtype=np.int32)
-
-
-def long_documents_of(bounds: Iterable[tuple[int, int]], tokens: int) -> LongDocuments:
-    """Of those that begin and end there, among so many tokens; on the CPU. Without any, all is empty."""
-    with_room = sorted((-(-(end - begin) // ROOM_STEP) * ROOM_STEP, begin, end) for begin, end in bounds)
-    lengths = tuple(length for length, *_ in with_room)
-    rows, places = torch.full((sum(lengths),), -1), torch.full((tokens if lengths else 0,), -1)
-    at = 0
-    for length, begin, end in with_room:
-        rows[at : at + end - begin] = torch.arange(begin, end)
-        places[begin:end] = torch.arange(at, at + end - begin)
-        at += length
-    return LongDocuments(lengths, rows, places)
 
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:

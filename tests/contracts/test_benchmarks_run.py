@@ -37,21 +37,8 @@ def test_steps_alone(extra: tuple[str, ...]) -> None:
 def test_a_leg_is_timed_once_its_gradient_is_right(tmp_path: Path) -> None:
     """A peer may end before its gate here, or be missing, and is named then."""
     file = tmp_path / "results.json"
-    out = said(
-        "train.py",
-        *(
-            "--results",
-            str(file),
-            "--cases",
-            "tiny,tiny-full",
-            "--steps",
-            "2",
-            "--repeat",
-            "1",
-            "--folder",
-            str(tmp_path),
-        ),
-    )
+    short = ("--cases", "tiny,tiny-full", "--steps", "2", "--repeat", "1")
+    out = said("train.py", "--results", str(file), "--folder", str(tmp_path), *short)
     found = json.loads(file.read_text())
     own = [leg for name, leg in found["legs"].items() if name.startswith("oslo")]
     assert len(own) == 2

@@ -56,6 +56,12 @@ def step(fused: FusedModel, model: Any, batch: Batch, count: int) -> tuple[Tenso
     return loss, gate.gradients(model)
 
 
+def require(claim: str, found: tuple[Tensor, dict[str, Tensor]], known: tuple[float, dict[str, Tensor]]) -> None:
+    """Fail unless a step's sum of losses and gradient are those that are `known`."""
+    at_most(f"{claim}: loss", abs(found[0].item() / known[0] - 1), 1e-3)
+    gate.require(claim, found[1], known[1])
+
+
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -69,8 +75,7 @@ def test_loss_and_gradient(kind: str, keeping: Keeping, trained: str, tmp_path: 
     model, batch = shapes.made(kind, trained, DEVICE, tmp_path), packing.packed(shapes.documents())
     fused = FusedModel(base_of(model), keeping=keeping, chunk=500)
     first, found = step(fused, model, batch, count)
-    at_most(f"{CLAIM}: loss", abs(first.item() / loss - 1), 1e-3)
-    gate.require(CLAIM, found, gradient)
+    require(CLAIM, (first, found), (loss, gradient))
     for _ in range(2):
         again, found_again = step(fused, model, batch, count)
         assert torch.equal(again, first)
@@ -78,15 +83,21 @@ def test_loss_and_gradient(kind: str, keeping: Keeping, trained: str, tmp_path: 
     assert len(fused._graphs._captured) == int(CUDA)
 
 
+def launched(made: Callable[[Path], Any], batches: list[Batch], folder: Path) -> list[dict[str, Tensor]]:
+    """Each batch's gradient by a model that meets no other: no graph is captured."""
+    found = []
+    for i, batch in enumerate(batches):
+        model = made(scratch(folder, f"alone-{i}"))
+        found.append(step(FusedModel(base_of(model), keeping=ALL_KEPT), model, batch, 1000)[1])
+    return found
+
+
 @trained_ways
 def test_a_replay_takes_the_new_documents(trained: str, tmp_path: Path) -> None:
     """Two batches of one shape by turns, as each of them is computed without a graph."""
     made = functools.partial(shapes.made, "qwen2", trained, DEVICE)
     batches = [packing.packed(shapes.documents(seed=seed)) for seed in (1, 2)]
-    without = []
-    for i, batch in enumerate(batches):
-        model = made(scratch(tmp_path, f"alone-{i}"))
-        without.append(step(FusedModel(base_of(model), keeping=ALL_KEPT), model, batch, 1000)[1])
+    without = launched(made, batches, tmp_path)
     model = made(scratch(tmp_path, "together"))
     fused = FusedModel(base_of(model), keeping=ALL_KEPT)
     for turn in range(6):
@@ -115,8 +126,7 @@ def test_long_documents(kind: str, keeping: Keeping, trained: str, tmp_path: Pat
     fused = FusedModel(base_of(model), keeping=keeping, long_document=LONG, chunk=500)
     for _ in range(3):
         found_loss, found = step(fused, model, batch, count)
-        at_most(f"{BY_CUDNN}: loss", abs(found_loss.item() / loss - 1), 1e-3)
-        gate.require(BY_CUDNN, found, gradient)
+        require(BY_CUDNN, (found_loss, found), (loss, gradient))
     at_most(f"{BY_CUDNN}: loss", abs(fused.loss_sum(batch).item() / loss - 1), 1e-3)
     assert len(fused._graphs._captured) == int(CUDA)
     _, leaked = step(fused, model, packing.merged(batch), count)
@@ -132,11 +142,7 @@ def test_batches_with_long_documents_and_without(tmp_path: Path) -> None:
     """By turns, replayed: two of one shape, one that is a single long document, and one without any."""
     batches = [packing.packed(shapes.documents(lengths)) for lengths in (*OF_ONE_SHAPE, ALONE, SHORT)]
     made = functools.partial(shapes.made, "qwen2", shapes.ADAPTER, DEVICE)
-    expected_ones = []
-    for i, batch in enumerate(batches):
-        model = made(scratch(tmp_path, f"alone-{i}"))
-        fused = FusedModel(base_of(model), keeping=ALL_KEPT)  # by our own kernels
-        expected_ones.append(step(fused, model, batch, 1000)[1])
+    expected_ones = launched(made, batches, tmp_path)  # by our own kernels
     model = made(scratch(tmp_path, "together"))
     fused = FusedModel(base_of(model), keeping=ALL_KEPT, long_document=LONG)
     for turn in range(4 * len(batches)):

@@ -161,15 +161,15 @@ FEWER_AND_MORE = ((ROW, 1024), (2560, 2560), *((tokens, 700) for tokens in range
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "bound"),
     [
-        [packing.packed(shapes.documents((ROW - 300 * i, 100))) for i in reversed(range(6))],
-        [of_targets(count) for count in range(ROW // 8, ROW + 1, ROW // 8)],
-        [of_targets(count, tokens) for tokens, count in FEWER_AND_MORE],
+        ([packing.packed(shapes.documents((ROW - 300 * i, 100))) for i in reversed(range(6))], 1.1),
+        ([of_targets(count) for count in range(ROW // 8, ROW + 1, ROW // 8)], 1.1),
+        ([of_targets(count, tokens) for tokens, count in FEWER_AND_MORE], 1.15),
     ],
     ids=["longer", "of more targets", "shorter ones of more targets between"],
 )
-def test_a_larger_batch_takes_the_place_of_smaller_ones(rows: list[Batch], tmp_path: Path) -> None:
+def test_a_larger_batch_takes_the_place_of_smaller_ones(rows: list[Batch], bound: float, tmp_path: Path) -> None:
     """None of their blocks is of use to it: kept, they would be a second set beside its own, and a third."""
     reserved = []
     for name, batches in (("largest", rows[-1:]), ("all", rows)):
@@ -183,7 +183,7 @@ def test_a_larger_batch_takes_the_place_of_smaller_ones(rows: list[Batch], tmp_p
         training.fused.release()
         del training
         torch.cuda.empty_cache()
-    at_most("memory of ever larger batches beside that of the largest alone", reserved[1] / reserved[0], 1.15)
+    at_most("memory of ever larger batches beside that of the largest alone", reserved[1] / reserved[0], bound)
 
 
 @pytest.mark.parametrize("keep", IN_HOST)

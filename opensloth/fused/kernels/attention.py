@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opensloth.fused.operations import LOG2_E, Heads
 from opensloth.fused.operations import TILE as BLOCK
-from opensloth.fused.operations import Heads
 
-_LOG2_E = 1.4426950408889634
 _ROWS = 32
 """Tokens whose groups one program sums."""
 
@@ -171,7 +170,7 @@ def forward(qkv: Tensor, tiles: Tensor, heads: Heads, out: Tensor, lse: Tensor) 
     """As `operations.attention`; out and lse are written."""
     q, k, v = _parts(qkv, heads)
     _forward[(tiles.shape[0], heads.query)](
-        q, k, v, out, lse, tiles, qkv.stride(0), out.stride(0), qkv.shape[0], heads.scale * _LOG2_E,
+        q, k, v, out, lse, tiles, qkv.stride(0), out.stride(0), qkv.shape[0], heads.scale * LOG2_E,
         GROUP=heads.group, DIM=_dim(qkv, heads), BLOCK=BLOCK, PRECISION=_precision(qkv),
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -182,7 +181,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     tokens, dim, group = qkv.shape[0], _dim(qkv, heads), heads.group
     q, k, v = _parts(qkv, heads)
     dq, dk, dv = _parts(dqkv, heads)
-    scales = (tokens, heads.scale * _LOG2_E, heads.scale)
+    scales = (tokens, heads.scale * LOG2_E, heads.scale)
     shape = {"GROUP": group, "DIM": dim, "BLOCK": BLOCK, "PRECISION": _precision(qkv), "num_warps": 4}
     grid, delta, ahead = (tiles.shape[0], heads.query), torch.empty_like(lse), 3 if dim <= 64 else 1
     _backward_query[grid](

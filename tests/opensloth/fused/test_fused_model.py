@@ -27,7 +27,7 @@ from opensloth.dist import World
 from opensloth.errors import ConfigError
 from opensloth.flops import work_of
 from opensloth.fused import long_documents, operations
-from opensloth.fused.inputs import TOKENS, inputs_of, padded_tokens
+from opensloth.fused.inputs import ROOM_STEP, TOKENS, inputs_of, padded_tokens
 from opensloth.fused.model import FusedModel
 from opensloth.fused.objective import FusedObjective
 from opensloth.fused.offload import Offload
@@ -181,7 +181,7 @@ def test_long_documents_learn_what_autograd_does(kind: str, keeping: Keeping, mo
     assert 1 < (lengths >= LONG_DOCUMENT).sum() < len(lengths)
     agreeing(model_of(kind, targets=ALL), keeping, ", of long documents", LONG_DOCUMENT)
     assert met
-    assert set(met) == {(operations.ROOM_STEP,) * int((lengths >= LONG_DOCUMENT).sum())}
+    assert set(met) == {(ROOM_STEP,) * int((lengths >= LONG_DOCUMENT).sum())}
 
 
 @every_keeping

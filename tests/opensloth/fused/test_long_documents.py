@@ -17,7 +17,7 @@ from measured import at_most
 
 from opensloth.data.batch import Batch
 from opensloth.fused import long_documents, operations
-from opensloth.fused.inputs import Inputs, inputs_of
+from opensloth.fused.inputs import ROOM_STEP, Inputs, inputs_of, long_documents_of
 from opensloth.fused.operations import Documents, Heads
 
 HEADS, SIZE = Heads(4, 2, 0.25), 16
@@ -36,7 +36,7 @@ def test_room_changes_nothing(lengths: list[int]) -> None:
     torch.manual_seed(0)
     qkv, grad = torch.randn(tokens, 8 * SIZE), torch.randn(tokens, 4 * SIZE)
     nothing, found = torch.empty(0), []
-    for long in (None, operations.long_documents_of(bounds, tokens)):
+    for long in (None, long_documents_of(bounds, tokens)):
         where = Documents(offsets, nothing, nothing, nothing, long)
         out, dqkv = torch.full_like(grad, torch.nan), torch.full_like(qkv, torch.nan)
         lse = operations.attention(qkv, where, HEADS, out)
@@ -57,7 +57,7 @@ def row(length: int) -> dict[str, Any]:
 def test_lengths_of_the_same_room_are_one_shape() -> None:
     """In whatever order they come; others are another shape."""
     one = inputs([600, 40, 100, 800])
-    assert one.long_lengths == (operations.ROOM_STEP, 2 * operations.ROOM_STEP, 2 * operations.ROOM_STEP)
+    assert one.long_lengths == (ROOM_STEP, 2 * ROOM_STEP, 2 * ROOM_STEP)
     assert one.shape == inputs([110, 40, 700, 690]).shape
     assert one.shape != inputs([110, 40, 400, 990]).shape
 
@@ -173,10 +173,9 @@ def test_cudnn_computes_what_our_kernels_do(heads: Heads, size: int, tokens: int
 
 def test_places() -> None:
     """Shorter documents come first."""
-    step = operations.ROOM_STEP
-    found = operations.long_documents_of([(20, 20 + step + 1), (2, 5)], 600)
-    assert found.lengths == (step, 2 * step)
+    found = long_documents_of([(20, 20 + ROOM_STEP + 1), (2, 5)], 600)
+    assert found.lengths == (ROOM_STEP, 2 * ROOM_STEP)
     assert found.rows[:4].tolist() == [2, 3, 4, -1]
     assert found.places[:3].tolist() == [-1, -1, 0]
-    assert found.places[20] == step
-    assert len(found.rows) == 3 * step
+    assert found.places[20] == ROOM_STEP
+    assert len(found.rows) == 3 * ROOM_STEP
