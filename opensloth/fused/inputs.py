@@ -51,7 +51,7 @@ class Inputs:
     @property
     def shape(self) -> tuple[int, ...]:
         """Equal for inputs that are computed by the same launches."""
-        return len(self.ids), len(self.tiles), len(self.targets), len(self.long_rows), *self.long_lengths
+        return len(self.ids), len(self.tiles), len(self.targets), *self.long_lengths
 
     @property
     def long(self) -> LongDocuments | None:
@@ -82,21 +82,18 @@ def inputs_of(batch: Batch, scale: float, full: int = 0, *, long: int = 0) -> In
     """batch: flat, on the CPU. scale: what the gradient of the sum of losses is multiplied with. full: tokens of a full
     batch; 0: none is known. long: tokens of a document from which on it is long; 0: none is.
 
-    Padding is one more document without targets, or belongs to the one that there is, if that is long: no token of it
-    sees what comes later. The row's last token predicts nothing, so that predictors without a target may point there.
+    Padding is one more document without targets. The row's last token predicts nothing, so that predictors
+    without a target may point there.
     """
     offsets = batch.inputs["document_offsets"].tolist()
     tokens = padded_tokens(offsets[-1], full)
     over = tokens - offsets[-1]
     bounds = [(begin, end) for begin, end in itertools.pairwise(offsets) if long and end - begin >= long]
-    alone = bounds == [(0, offsets[-1])]
-    if alone:
-        offsets = [0, tokens]
-    elif over:
+    if over:
         offsets = [*offsets, tokens]
     tiles = tiles_of(np.array(offsets))
     tiles = tiles[np.isin(tiles[:, 1], [begin for begin, _ in bounds], invert=True)]
-    long_documents = alone_of(tokens) if alone else long_documents_of(bounds, tokens)
+    long_documents = long_documents_of(bounds, tokens)
     targets = _up(len(batch.targets), max(TOKENS, tokens // 16))
     return Inputs(
         ids=_filled(batch.inputs["input_ids"][0], tokens, 0),
@@ -123,12 +120,6 @@ def long_documents_of(bounds: Iterable[tuple[int, int]], tokens: int) -> LongDoc
         places[begin:end] = torch.arange(at, at + end - begin)
         at += length
     return LongDocuments(lengths, rows, places)
-
-
-def alone_of(tokens: int) -> LongDocuments:
-    """One that is all there is."""
-    nothing = torch.empty(0, dtype=torch.int64)
-    return LongDocuments((tokens,), nothing, nothing)
 
 
 def padded_tokens(tokens: int, full: int = 0) -> int:

@@ -1,8 +1,7 @@
 """Attention inside long documents by cuDNN's kernels, which are faster there than tiles of documents of any length.
 
 Each is copied to places of its own, with room behind it: kernels are made for lengths, and captured with them, so these
-have to come again. No token sees the room, since it comes later, and the room's gradient is zero. One that is all there
-is stays where it lies, and has the batch's padding for its room.
+have to come again. No token sees the room, since it comes later, and the room's gradient is zero.
 
 cuDNN adds up gradients of queries in whatever order they come: the same batch need not give the same bits.
 """
@@ -10,7 +9,7 @@ cuDNN adds up gradients of queries in whatever order they come: the same batch n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from opensloth.errors import one_line
 from opensloth.fused import operations
-from opensloth.fused.inputs import alone_of, long_documents_of, padded_tokens
+from opensloth.fused.inputs import long_documents_of
 from opensloth.fused.operations import LOG2_E, Documents, Heads, LongDocuments
 from opensloth.model_shape import ModelShape
 
@@ -27,19 +26,14 @@ LEAST = 8192
 """Tokens from which on a document is long."""
 _HOPPER = 9
 """Its compute capability."""
-_TRIED, _FAR = (700, 768), 140.0
-"""Tokens of documents by which cuDNN is tried, and what is added to their scores or taken from them."""
+_TRIED, _FAR = 700, 140.0
+"""Tokens of the document by which cuDNN is tried, and what is added to its scores or taken from them."""
 _BOUND = 0.03
 """Relative L2 distance from our own kernels, both in bfloat16."""
 
 
 def attention(qkv: Tensor, long: LongDocuments, heads: Heads, out: Tensor, lse: Tensor) -> None:
     """As `operations.attention`: rows of `out`, and columns of `lse`, of long documents are written."""
-    if long.alone:
-        attended, of_one = _attend(qkv, heads)
-        out.copy_(attended)
-        lse.copy_(of_one)
-        return
     sums = []
     for rows in long.rows.split(long.lengths):
         attended, of_one = _attend(_in_places(qkv, rows), heads)
@@ -52,21 +46,13 @@ def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, long: LongDocuments, heads: Heads, dqkv: Tensor
 ) -> None:
     """As `operations.attention_backward`: rows of `dqkv` of long documents are written."""
-    if long.alone:
-        for part, place in _beside(_attend_backward(grad, qkv, out, lse, heads), dqkv):
-            place.copy_(part)
-        return
     for rows in long.rows.split(long.lengths):
         sums = torch.where(rows >= 0, lse[:, rows.clamp(min=0)], 0.0)
         found = _attend_backward(_in_places(grad, rows), _in_places(qkv, rows), _in_places(out, rows), sums, heads)
-        for part, place in _beside(found, dqkv):
+        widths = [part.shape[1] for part in found]
+        for part, place in zip(found, dqkv.split(widths, dim=1), strict=True):
             operations.scatter(part, rows, place)
         del found, part  # before the next one's are made
-
-
-def _beside(parts: Sequence[Tensor], whole: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Each part, and the columns of `whole` [T, ...] that are its own."""
-    return zip(parts, whole.split([part.shape[1] for part in parts], dim=1), strict=True)
 
 
 def _in_places(matrix: Tensor, rows: Tensor) -> Tensor:
@@ -137,18 +123,17 @@ def _reason_against(device: torch.device, heads: Heads, size: int) -> str | None
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return "cuDNN's kernels were compared on Hopper only"
     try:
-        offs = [difference(device, heads, size, tokens) for tokens in _TRIED]
+        off = difference(device, heads, size, _TRIED)
     except (RuntimeError, TypeError, AttributeError) as error:  # of private functions, which may come to differ
         return f"cuDNN's attention fails ({one_line(str(error).partition(chr(10))[0])})"
-    too_far = [off for off in offs if not off < _BOUND]
-    return f"cuDNN computes something else ({too_far[0]:.3g} off)" if too_far else None
+    return None if off < _BOUND else f"cuDNN computes something else ({off:.3g} off)"
 
 
 def difference(device: torch.device, heads: Heads, size: int, tokens: int) -> float:
     """How far from our own kernels are cuDNN's, captured and replayed, by the largest relative L2 distance.
 
     Of output, sums and gradient of one document of so many random tokens: by turns with scores far below zero and far
-    above it. It stays where it lies if there are as many as a batch may have.
+    above it.
     """
     generator = torch.Generator(device).manual_seed(0)
     widths = (heads.query + 2 * heads.key_value) * size, heads.query * size
@@ -184,8 +169,7 @@ def _tiled(tokens: int, device: torch.device) -> Documents:
 
 def _long(tokens: int, device: torch.device) -> Documents:
     """One that is."""
-    nothing, alone = torch.empty(0), tokens == padded_tokens(tokens)
-    one = alone_of(tokens) if alone else long_documents_of([(0, tokens)], tokens)
+    nothing, one = torch.empty(0), long_documents_of([(0, tokens)], tokens)
     moved = LongDocuments(one.lengths, one.rows.to(device), one.places.to(device))
     return Documents([0, tokens], torch.empty(0, 3, dtype=torch.int32), nothing, nothing, moved)
 

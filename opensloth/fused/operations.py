@@ -29,17 +29,12 @@ class LongDocuments:
     """Documents that attend each by itself: they lie end to end, shorter ones first, with room behind each.
 
     lengths: room included; S in all. rows: int64 [S], the token in each place, -1 in room. places: int64 [T], each
-    token's place, -1 if it has none. Both are empty where one document is all there is: it stays where it lies.
+    token's place, -1 if it has none.
     """
 
     lengths: tuple[int, ...]
     rows: Tensor
     places: Tensor
-
-    @property
-    def alone(self) -> bool:
-        """One document is all there is."""
-        return not len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Documents:
     def short(self) -> Iterator[slice]:
         """The tokens of each that is not long; known on a CPU only."""
         for begin, end in itertools.pairwise(self.offsets):
-            if self.long is None or not (self.long.alone or self.long.places[begin] >= 0):
+            if self.long is None or self.long.places[begin] < 0:
                 yield slice(begin, end)
 
 

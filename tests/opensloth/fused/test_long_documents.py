@@ -17,7 +17,7 @@ from measured import at_most
 
 from opensloth.data.batch import Batch
 from opensloth.fused import long_documents, operations
-from opensloth.fused.inputs import ROOM_STEP, Inputs, alone_of, inputs_of, long_documents_of
+from opensloth.fused.inputs import ROOM_STEP, Inputs, inputs_of, long_documents_of
 from opensloth.fused.operations import Documents, Heads
 
 HEADS, SIZE = Heads(4, 2, 0.25), 16
@@ -44,36 +44,6 @@ def test_room_changes_nothing(lengths: list[int]) -> None:
         found.append((out, lse, dqkv))
     for one, other in zip(*found, strict=True):
         at_most("attention of long documents with room behind them", float((one - other).norm() / one.norm()), 1e-5)
-
-
-@pytest.mark.parametrize("padding", [0, 68])
-def test_one_that_is_all_there_is_stays_where_it_lies(padding: int) -> None:
-    """What it computes is what it does in places of its own, whatever the padding behind it holds."""
-    count, tokens = 700, 700 + padding
-    torch.manual_seed(0)
-    qkv, grad, nothing = torch.randn(tokens, 8 * SIZE), torch.randn(tokens, 4 * SIZE), torch.empty(0)
-    grad[count:] = 0
-    found, with_padding = [], [0, count, tokens] if padding else [0, count]
-    for offsets, long in ((with_padding, long_documents_of([(0, count)], tokens)), ([0, tokens], alone_of(tokens))):
-        where = Documents(offsets, nothing, nothing, nothing, long)
-        out, dqkv = torch.full_like(grad, torch.nan), torch.full_like(qkv, torch.nan)
-        lse = operations.attention(qkv, where, HEADS, out)
-        operations.attention_backward(grad, qkv, out, lse, where, HEADS, dqkv)
-        found.append((out[:count], lse[:, :count], dqkv[:count]))
-        assert not any(bool(made.isnan().any()) for made in (out, lse, dqkv))
-    for one, other in zip(*found, strict=True):
-        at_most("attention of one long document where it lies", float((one - other).norm() / one.norm()), 1e-5)
-
-
-def test_padding_belongs_to_the_one_that_is_all_there_is() -> None:
-    found = inputs([600])
-    assert found.long is not None
-    assert found.long.alone
-    assert found.offsets == [0, 768]
-    assert not len(found.tiles)
-    assert found.shape == inputs([700]).shape
-    assert found.shape != inputs([600, 40]).shape
-    assert found.shape != inputs([40, 600]).shape
 
 
 def inputs(lengths: Sequence[int]) -> Inputs:
