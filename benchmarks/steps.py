@@ -166,7 +166,7 @@ def predicted(model: Any, leg: Leg, batches: list[Batch], keeping: Keeping, mome
     if product is None or product.card is None:
         return foreseen, "nothing (an unknown GPU)"
     count = sum(len(batch.inputs["document_offsets"]) - 1 for batch in batches)
-    step = speed_estimate.Step(batch, 1, sum(batch.tokens for batch in batches) / count)
+    step = speed_estimate.Step(batch, 1, sum(batch.tokens for batch in batches) / count, leg.row)
     return foreseen, f"{speed_estimate.tokens_per_second(shape, method, step, keeping, product.card):,.0f}"
 
 

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from opensloth.memory_estimate import Batch, Keep, Keeping, Method, offloaded_bytes, trained_parameters
 from opensloth.model_shape import ModelShape
 
-_PRODUCTS, _ATTENTION = 0.66, 0.285
-"""Of the published operations."""
+_PRODUCTS, _ATTENTION, _CUDNN_ATTENTION = 0.66, 0.285, 0.43
+"""Of the published operations; cuDNN's with heads of 64, of 128 it reaches more."""
 _TRAFFIC = 0.47
 """Of the published bandwidth."""
 _LINK = 0.85
 """Of the published link: an H100 reached 56 of 64 GB/s."""
 _LAYER_SECONDS = 0.42e-3
 """Of a layer, whatever the batch: kernels that begin and end."""
+LONG_DOCUMENT = 8192
+"""Tokens from which on a document attends by cuDNN's kernels on Hopper: it is faster there, and lengths, for each of
+which graphs are captured, are few."""
 SPREAD = 0.9
 """Tokens that a token sees on average, in mean lengths of a document: a half, and more as lengths differ."""
 _OPTIMIZER_BYTES = 12
@@ -28,12 +31,13 @@ _OPTIMIZER_BYTES = 12
 @dataclass(frozen=True)
 class Card:
     """operations: dense, in bfloat16, a second. bandwidth, link: bytes a second, of its own memory and to the host's,
-    one way. All as published.
+    one way. All as published. hopper: it is of that generation.
     """
 
     operations: float
     bandwidth: float
     link: float
+    hopper: bool = False
 
     @property
     def reached(self) -> tuple[float, float]:
@@ -43,11 +47,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Step:
-    """batch: of one process. accumulation: batches in a step. document: mean tokens of a document."""
+    """batch: of one process. accumulation: batches in a step. document: mean tokens of a document, of which none is
+    longer than a row. row: its tokens.
+    """
 
     batch: Batch
     accumulation: int
     document: float
+    row: int
 
 
 def copies_keep_up(shape: ModelShape, method: Method, operations: float, link: float) -> bool:
@@ -65,7 +72,7 @@ def tokens_per_second(shape: ModelShape, method: Method, step: Step, keeping: Ke
     attended = 0 if keeping.keep is Keep.HOST else again
     seconds = (
         _products(shape, method, batch, again, attended) / (_PRODUCTS * card.operations)
-        + _attention(shape, step, attended) / (_ATTENTION * card.operations)
+        + _attention(shape, step, attended) / (_attention_reaches(step, card) * card.operations)
         + _traffic(shape, method, step, again) / (_TRAFFIC * card.bandwidth)
         + shape.layers * _LAYER_SECONDS
     )
@@ -86,8 +93,13 @@ def _products(shape: ModelShape, method: Method, batch: Batch, again: float, att
 
 def _attention(shape: ModelShape, step: Step, attended: float) -> float:
     passes = 3.5 + attended  # the way back takes two and a half
-    seen = SPREAD * step.document
+    seen = min(SPREAD * step.document, step.row / 2)
     return passes * 4 * shape.layers * shape.attended * seen * step.batch.tokens
+
+
+def _attention_reaches(step: Step, card: Card) -> float:
+    """Of the published operations, as if all documents were as long as their mean."""
+    return _CUDNN_ATTENTION if card.hopper and step.document >= LONG_DOCUMENT else _ATTENTION
 
 
 def _traffic(shape: ModelShape, method: Method, step: Step, again: float) -> float:

@@ -30,17 +30,17 @@ class Product:
     card: Card | None
 
 
-def _card(tera_operations: float, gigabytes: float, pcie: int = 4) -> Card:
+def _card(tera_operations: float, gigabytes: float, pcie: int = 4, *, hopper: bool = False) -> Card:
     """pcie: its generation, of 16 lanes."""
-    return Card(tera_operations * 1e12, gigabytes * 1e9, 2.0 ** (pcie + 1) * 1e9)
+    return Card(tera_operations * 1e12, gigabytes * 1e9, 2.0 ** (pcie + 1) * 1e9, hopper)
 
 
 _PRODUCTS: Final = (
     ("B200", Product(183_359, _card(2250, 8000, 5))),
-    ("H200", Product(143_771, _card(989, 4800, 5))),
-    ("H100 NVL", Product(95_830, _card(835, 3900, 5))),
-    ("H100 PCIE", Product(81_559, _card(756, 2000, 5))),
-    ("H100", Product(81_559, _card(989, 3350, 5))),
+    ("H200", Product(143_771, _card(989, 4800, 5, hopper=True))),
+    ("H100 NVL", Product(95_830, _card(835, 3900, 5, hopper=True))),
+    ("H100 PCIE", Product(81_559, _card(756, 2000, 5, hopper=True))),
+    ("H100", Product(81_559, _card(989, 3350, 5, hopper=True))),
     (r"A100.* 80GB", Product(81_920, _card(312, 2000))),
     ("A100", Product(40_960, _card(312, 1555))),
     ("L40S", Product(46_068, _card(362, 864))),

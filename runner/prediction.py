@@ -249,7 +249,7 @@ class _Case:
             of_row = plan.data.row_fill * self.row_tokens
             batch = Batch(max(1, round(self.rows * of_row)), batch.targets)
             document = plan.data.rows * of_row / plan.data.documents
-        step = Step(batch, plan.shape.accumulation, document)
+        step = Step(batch, plan.shape.accumulation, document, self.row_tokens)
         return tokens_per_second(self.shape, self.method, step, self.choose(gpu.memory), gpu.product.card)
 
     def changes(self, memory: int, rough: bool, settings: _Settings) -> tuple[str, ...]:

@@ -21,8 +21,9 @@ from opensloth.fused import operations
 from opensloth.fused.inputs import long_documents_of
 from opensloth.fused.operations import LOG2_E, Documents, Heads, LongDocuments
 from opensloth.model_shape import ModelShape
+from opensloth.speed_estimate import LONG_DOCUMENT
 
-LEAST = 8192
+LEAST = LONG_DOCUMENT
 """Tokens from which on a document is long."""
 _HOPPER = 9
 """Its compute capability."""
@@ -73,7 +74,9 @@ def _attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
 
 
 def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-    """Parts, side by side, of what `operations.attend_backward` returns."""
+    """Parts, side by side, of what `operations.attend_backward` returns. grad, out: dense, since cuDNN misreads these
+    two, and only these, where rows lie in a wider buffer (torch 2.11: it wrote outside of its memory).
+    """
     if not qkv.is_cuda:
         return (operations.attend_backward(grad, qkv, out, lse, heads),)
     count, natural = len(qkv), (lse / LOG2_E)[None, :, :, None]
