@@ -392,8 +392,8 @@ def _parts(found: Estimate) -> str:
 
 
 def _rounded(rate: float) -> int:
-    """Two digits: it is no better than that."""
-    digits = max(0, len(str(int(rate))) - 2)
+    """Three digits: it is no better than that, and two would put up to 5 % on top."""
+    digits = max(0, len(str(int(rate))) - 3)
     return int(round(rate, -digits))
 
 

@@ -73,7 +73,11 @@ CASES = {
     ),
     "full": Case(
         title="0.5B, every weight, 2 rows, no more memory than the peer",
-        own=_legs(OSLO, **_SMALL, full=True, eight_bit=True) + _legs(OSLO, **_SMALL, full=True),
+        own=(
+            *_legs(OSLO, **_SMALL, full=True, eight_bit=True),
+            *_legs(OSLO, **_SMALL, full=True),
+            *_legs(OSLO, **_SMALL, full=True, recompute="on"),  # the peer's optimizer, in less memory than the peer
+        ),
         peers=_legs(BEST, **_SMALL, full=True),
         must=1.5,
         aim=2,

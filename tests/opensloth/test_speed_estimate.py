@@ -24,7 +24,7 @@ FULL_8_BIT = Method(0, (), 16, 2, fused=True)
 FOUR_BITS = dataclasses.replace(LORA, bits=4)
 
 MEASURED = [
-    ("0.5B, 2 rows", "H100", "0.5b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 143_400),
+    ("0.5B, 2 rows", "H100", "0.5b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 143_100),
     ("0.5B, 2 rows", "H200", "0.5b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 154_400),
     ("0.5B, 2 rows, steps alone", "H100", "0.5b", LORA, 8192, 1.0, Keeping(Keep.INPUTS), MEAN, 121_500),
     ("0.5B, 8 rows", "H100", "0.5b", LORA, 32_768, 1.0, Keeping(Keep.ALL), MEAN, 160_200),
@@ -44,7 +44,7 @@ MEASURED = [
     ("1.5B, 4 bits, steps alone", "H100", "1.5b", FOUR_BITS, 8192, 1.0, Keeping(Keep.ALL), MEAN, 59_800),
     ("1.5B, every weight, steps alone", "H100", "1.5b", FULL, 8192, 1.0, Keeping(Keep.ALL), MEAN, 43_100),
     ("the same, AdamW in 8 bits", "H100", "1.5b", FULL_8_BIT, 8192, 1.0, Keeping(Keep.ALL), MEAN, 43_500),
-    ("7B, 2 rows", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 18_390),
+    ("7B, 2 rows", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 17_980),
     ("7B, 2 rows", "H200", "7b", LORA, 8192, 1.0, Keeping(Keep.ALL), MEAN, 18_490),
     ("7B, 2 rows, steps alone", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.INPUTS), MEAN, 13_820),
     ("7B, 2 rows", "H100", "7b", LORA, 8192, 1.0, Keeping(Keep.HOST, 6), MEAN, 15_530),

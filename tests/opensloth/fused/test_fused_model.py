@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import eight_bit
@@ -554,6 +555,28 @@ def test_a_machine_without_cuda_trains_by_plain_torch_and_says_so() -> None:
     with pytest.raises(ConfigError, match="the fast path cannot train this: there is no CUDA device"):
         choose(engine="fused")
     assert choose(engine="torch")[1] == "asked for"
+
+
+@pytest.mark.parametrize(
+    ("capability", "packed", "autocast", "reason"),
+    [
+        ((7, 5), True, torch.bfloat16, "the GPU is older than compute capability 8.0"),
+        ((8, 0), False, torch.bfloat16, "the rows are not packed"),
+        ((8, 0), True, torch.float16, "it computes in bfloat16 only"),
+        ((8, 0), True, torch.bfloat16, None),
+    ],
+)
+def test_gpus_and_ways_of_computing_that_it_does_not_take(
+    capability: Any, packed: bool, autocast: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model as if it lay on a GPU."""
+    model = tiny.make_model("llama")
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("opensloth.fused.support.base_of", lambda _: SimpleNamespace(dtype=torch.float32))
+    monkeypatch.setattr("opensloth.fused.support.reason_against_model", lambda *_: None)
+    monkeypatch.setattr("opensloth.fused.support._adapters", lambda _: None)
+    assert reason_against(model, packed=packed, longest_document=200, autocast=autocast) == reason
 
 
 @pytest.mark.parametrize(
