@@ -152,7 +152,7 @@ class Bench:
 
     def _tried(self, leg: Leg, module: str, given: dict[str, Any], label: str) -> dict[str, Any] | None:
         """What it answers; None when it fails or is not finished, which is said and kept."""
-        record, allowed = self._results.of(leg), min(self._asked.limit, self.seconds_left())
+        record, allowed = self._results.of(leg), self._allowed()
         try:
             return self._run(module, given, label)
         except process.LegError as error:
@@ -173,7 +173,11 @@ class Bench:
         log = self._asked.folder / "logs" / f"{re.sub('[^0-9a-zA-Z.+-]+', '-', label)}.log"
         command = [sys.executable, "-m", module, json.dumps(given)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
-        return process.run(command, environment, label, log, min(self._asked.limit, self.seconds_left()))
+        return process.run(command, environment, label, log, self._allowed())
+
+    def _allowed(self) -> float:
+        """Seconds, of what is started now."""
+        return min(self._asked.limit, self.seconds_left())
 
 
 def _text(assets: made.Assets) -> dict[str, str]:
